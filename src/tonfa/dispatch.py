@@ -1,0 +1,122 @@
+"""Choosing kernels: once for each layer when it is placed on a device, never in a call.
+
+A backend is taken whole, because its kernels read the weights in its own layout; fused ops that it lacks are composed
+of its `quantize` and `product`. `report` lists what can run on a device and why the rest cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from tonfa.errors import UnsupportedError
+from tonfa.kernels import dense, reference
+from tonfa.kernels.cpu import backend as cpu
+from tonfa.ops import fused
+from tonfa.ops.activation import Activations, check_activations
+from tonfa.ops.table import OPS, Backend
+
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, reference.BACKEND)
+"""In order of preference."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The callables of one backend for one activation policy: an attribute for each op in `ops.table.OPS`."""
+
+    backend: str
+    activations: Activations
+    pack_input: Callable[..., Any]
+    pack_product: Callable[..., Any]
+    pack_w4a16: Callable[..., Any]
+    quantize: Callable[..., Any]
+    product: Callable[..., Any]
+    product_gelu_quantize: Callable[..., Any]
+    product_norm_rope: Callable[..., Any]
+    product_gate_residual: Callable[..., Any]
+    norm_modulate_quantize: Callable[..., Any]
+    w4a16: Callable[..., Any]
+    attention: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """One row of `report`: whether a backend runs an op on a device, and how or why not."""
+
+    op: str
+    backend: str
+    runs: bool
+    note: str
+
+
+def default_activations(device: torch.device) -> Activations:
+    """The policy that is taken where the user names none: the fastest that the device computes natively."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability in ((8, 0), (8, 6), (8, 9)):
+            return "int4"
+        return "fp8" if capability >= (9, 0) else "int8"
+    return "int8"
+
+
+def _reason_against(backend: Backend, device: torch.device, activations: Activations) -> str | None:
+    if activations not in backend.activations:
+        return f"activations={activations!r} is not among its {', '.join(backend.activations)}"
+    return backend.reason_against(device)
+
+
+def _complete(name: str, activations: Activations, kernels: Mapping[str, Callable[..., Any]]) -> Kernels:
+    table = dict(kernels)
+    primitives = type("Primitives", (), {name: staticmethod(table[name]) for name in ("quantize", "product")})
+    for op in OPS:
+        if op not in table:
+            table[op] = partial(getattr(fused, op), primitives)
+    return Kernels(name, activations, **table)
+
+
+@lru_cache(maxsize=64)
+def _kernels(backend: Backend, activations: Activations) -> Kernels:
+    return _complete(backend.name, activations, backend.table(activations))
+
+
+@lru_cache(maxsize=1)
+def bind_dense() -> Kernels:
+    """The kernels of 16-bit weights, on any device."""
+    return _complete("dense", "none", dense.TABLE)
+
+
+def bind(device: torch.device, activations: str, backend: str | None = None) -> Kernels:
+    """The kernels of the first backend that runs on `device` with this policy, or of the one that is named.
+
+    Raises UnsupportedError with the reason of every backend that was tried.
+    """
+    check_activations(activations)
+    names = [b.name for b in BACKENDS]
+    if backend is not None and backend not in names:
+        raise UnsupportedError(f"backend={backend!r} is unknown; choose one of {', '.join(names)}")
+    reasons = []
+    for candidate in BACKENDS:
+        if backend is not None and candidate.name != backend:
+            continue
+        reason = _reason_against(candidate, device, activations)
+        if reason is None:
+            return _kernels(candidate, activations)
+        reasons.append(f"{candidate.name}: {reason}")
+    raise UnsupportedError(f"nothing computes activations={activations!r} on {device}: " + "; ".join(reasons))
+
+
+def report(device: torch.device, activations: str) -> list[Availability]:
+    """Every op and backend: whether it runs on `device` with this policy."""
+    check_activations(activations)
+    rows = []
+    for backend in BACKENDS:
+        reason = _reason_against(backend, device, activations)
+        present = set() if reason else set(backend.table(activations))
+        for op in OPS:
+            note = reason or ("kernel" if op in present else "composed of quantize and product")
+            rows.append(Availability(op, backend.name, reason is None, note))
+    return rows

@@ -1,0 +1,17 @@
+"""Every error that tonfa raises on purpose. Each message names what was wrong, what was expected and what to do."""
+
+
+class TonfaError(Exception):
+    """Base of all errors of this package: catch it to handle any of them."""
+
+
+class FormatError(TonfaError, ValueError):
+    """A tensor's shape, dtype or device does not fit what an op, a layer or a model expects."""
+
+
+class CheckpointError(TonfaError, ValueError):
+    """A file or folder of weights is missing, truncated, incomplete, misshapen or of another kind."""
+
+
+class UnsupportedError(TonfaError, ValueError):
+    """A known request that cannot be served here: an option, a device, a size, a combination of them."""

@@ -1,0 +1,57 @@
+"""What several test files share: random weights and inputs with outliers, and the measure of error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tonfa.formats import GROUP_SIZE, INT4, UINT4
+from tonfa.weights import SVDQWeights, W4A16Weights
+
+DATA = Path(__file__).parent / "data"
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected, in float64."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def outlier_input(rows: int, channels: int, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """(rows, channels) Gaussian with a few channels thirty times as large, as diffusion transformers have them."""
+    x = torch.randn(rows, channels, generator=generator)
+    x[:, torch.randperm(channels, generator=generator)[: max(1, channels // 64)]] *= 30
+    return x.to(dtype)
+
+
+def random_weights(
+    n: int,
+    k: int,
+    rank: int = 32,
+    *,
+    generator: torch.Generator,
+    unsigned: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> SVDQWeights:
+    """Full-range codes, scales that differ by group, a smoothing factor that differs by channel."""
+    codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
+    wscales = torch.rand(k // GROUP_SIZE, n, generator=generator) * 0.02 + 0.002
+    smooth_factor = torch.rand(k, generator=generator) * 2 + 0.25
+    down = torch.randn(k, rank, generator=generator) / k**0.5
+    up = torch.randn(n, rank, generator=generator) / rank**0.5
+    bias = torch.randn(n, generator=generator)
+    floats = (t.to(dtype) for t in (wscales, smooth_factor, down, up, bias))
+    return SVDQWeights(INT4.pack(codes), *floats, unsigned=unsigned)
+
+
+def random_modulation(
+    n: int, k: int, *, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16
+) -> W4A16Weights:
+    """Codes 0..15 with scales and zeros that differ by group."""
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    wscales = torch.rand(k // GROUP_SIZE, n, generator=generator) * 0.02 + 0.002
+    wzeros = -7.5 * wscales
+    bias = torch.randn(n, generator=generator)
+    return W4A16Weights(UINT4.pack(codes), *(t.to(dtype) for t in (wscales, wzeros, bias)))
