@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from tonfa.formats import GROUP_SIZE, INT4, UINT4
 from tonfa.weights import SVDQWeights, W4A16Weights
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""For tests that run on every device; those on a GPU are skipped where there is none."""
 
 DATA = Path(__file__).parent / "data"
 

@@ -12,12 +12,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tonfa.errors import UnsupportedError
 from tonfa.kernels import dense, reference
 from tonfa.kernels.cpu import backend as cpu
 from tonfa.ops import fused
-from tonfa.ops.activation import Activations, check_activations
+from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
 from tonfa.ops.table import OPS, Backend
 
 BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, reference.BACKEND)
@@ -33,14 +34,14 @@ class Kernels:
     pack_input: Callable[..., Any]
     pack_product: Callable[..., Any]
     pack_w4a16: Callable[..., Any]
-    quantize: Callable[..., Any]
-    product: Callable[..., Any]
-    product_gelu_quantize: Callable[..., Any]
-    product_norm_rope: Callable[..., Any]
-    product_gate_residual: Callable[..., Any]
-    norm_modulate_quantize: Callable[..., Any]
-    w4a16: Callable[..., Any]
-    attention: Callable[..., Any]
+    quantize: Callable[..., QuantizedActivation]
+    product: Callable[..., Tensor]
+    product_gelu_quantize: Callable[..., QuantizedActivation]
+    product_norm_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    product_gate_residual: Callable[..., Tensor]
+    norm_modulate_quantize: Callable[..., QuantizedActivation]
+    w4a16: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
 
     Raises UnsupportedError with the reason of every backend that was tried.
     """
-    check_activations(activations)
+    policy = parse_activations(activations)
     names = [b.name for b in BACKENDS]
     if backend is not None and backend not in names:
         raise UnsupportedError(f"backend={backend!r} is unknown; choose one of {', '.join(names)}")
@@ -102,20 +103,20 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
     for candidate in BACKENDS:
         if backend is not None and candidate.name != backend:
             continue
-        reason = _reason_against(candidate, device, activations)
+        reason = _reason_against(candidate, device, policy)
         if reason is None:
-            return _kernels(candidate, activations)
+            return _kernels(candidate, policy)
         reasons.append(f"{candidate.name}: {reason}")
     raise UnsupportedError(f"nothing computes activations={activations!r} on {device}: " + "; ".join(reasons))
 
 
 def report(device: torch.device, activations: str) -> list[Availability]:
     """Every op and backend: whether it runs on `device` with this policy."""
-    check_activations(activations)
+    policy = parse_activations(activations)
     rows = []
     for backend in BACKENDS:
-        reason = _reason_against(backend, device, activations)
-        present = set() if reason else set(backend.table(activations))
+        reason = _reason_against(backend, device, policy)
+        present = set() if reason else set(backend.table(policy))
         for op in OPS:
             note = reason or ("kernel" if op in present else "composed of quantize and product")
             rows.append(Availability(op, backend.name, reason is None, note))

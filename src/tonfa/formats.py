@@ -90,7 +90,7 @@ class GroupInt4:
 
     def dequantize(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """codes (M, K), scales (M, K/G) -> (M, K) of `dtype`."""
-        groups = codes.to(dtype).unflatten(1, (-1, self.group_size))
+        groups: Tensor = codes.to(dtype).unflatten(1, (-1, self.group_size))
         return (groups * scales.to(dtype).unsqueeze(2)).flatten(1)
 
     def pack(self, codes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """16-bit weights behind the interface of the quantized ones: torch's own linear, nothing quantized.
 
-With it the fused model computes what Diffusers' does, which is how the fusion is tested, and a plan may keep layers dense.
+With it the fused model computes what Diffusers' does (so the fusion is tested), and a plan may keep layers dense.
 """
 
 from __future__ import annotations

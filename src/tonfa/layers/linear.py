@@ -10,7 +10,7 @@ from tonfa.errors import FormatError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.bound import Binding
 from tonfa.layers.fused import FusedLinear
-from tonfa.ops.activation import InputWeights, check_activations
+from tonfa.ops.activation import InputWeights, parse_activations
 from tonfa.quantize.recipe import DEFAULT_RANK, Recipe, quantize_linear
 from tonfa.weights import SVDQWeights
 
@@ -39,7 +39,7 @@ class SVDQLinear(FusedLinear):
         if in_features % GROUP_SIZE:
             raise FormatError(f"SVDQLinear: in_features = {in_features} is no multiple of the group size {GROUP_SIZE}")
         if activations is not None:
-            check_activations(activations)
+            parse_activations(activations)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.unsigned, self.activations, self.backend = unsigned, activations, backend
 
@@ -95,13 +95,20 @@ class SVDQLinear(FusedLinear):
 
     def weights(self) -> SVDQWeights:
         """The parameters as one object, without a copy."""
-        tensors = (self.qweight, self.wscales, self.smooth_factor, self.proj_down, self.proj_up, self.bias)
-        return SVDQWeights(*(t.detach() for t in tensors), unsigned=self.unsigned)
+        return SVDQWeights(
+            self.qweight.detach(),
+            self.wscales.detach(),
+            self.smooth_factor.detach(),
+            self.proj_down.detach(),
+            self.proj_up.detach(),
+            self.bias.detach(),
+            self.unsigned,
+        )
 
     def set_activations(self, activations: str | None, backend: str | None = None) -> None:
         """Change the activation policy and the backend; the next call binds anew."""
         if activations is not None:
-            check_activations(activations)
+            parse_activations(activations)
         self.activations, self.backend = activations, backend
         self.unbind()
 

@@ -18,15 +18,23 @@ the 4-bit weights are widened to the same format. "none": not at all, the weight
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 
 
-def check_activations(activations: str) -> None:
-    """Raise UnsupportedError unless this is an activation policy."""
-    if activations not in ACTIVATIONS:
-        raise UnsupportedError(f"activations={activations!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+def parse_activations(name: str) -> Activations:
+    """The policy of this name; raises UnsupportedError if there is none."""
+    for activations in ACTIVATIONS:
+        if activations == name:
+            return activations
+    raise UnsupportedError(f"activations={name!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
 
 
 def activation_format(activations: Activations, unsigned: bool) -> Format | None:
     """The number format of a layer's input; None leaves it as it is."""
-    return {"int4": UINT4 if unsigned else INT4, "int8": INT8, "fp8": FP8, "none": None}[activations]
+    formats: dict[Activations, Format | None] = {
+        "int4": UINT4 if unsigned else INT4,
+        "int8": INT8,
+        "fp8": FP8,
+        "none": None,
+    }
+    return formats[activations]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""Reading safetensors: one file or the shards of an index as one mapping whose tensors are read when asked for.
+
+Nothing else is read: pickles can run code, and are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tonfa.checkpoint.strict import Spec
+from tonfa.errors import CheckpointError
+
+STEM = "diffusion_pytorch_model"
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtypes as the headers of safetensors write them."""
+
+_STEMS = (STEM, "model")
+_VARIANTS = ("", ".bf16", ".fp16")
+_KINDS = {
+    b"PK\x03\x04": "a zip archive, probably a pickled PyTorch checkpoint",
+    b"\x80\x02": "a pickle",
+    b"GGUF": "a GGUF file",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file",
+}
+
+
+def _kind(path: Path) -> str:
+    """What an unreadable file is instead, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    for magic, kind in _KINDS.items():
+        if start.startswith(magic):
+            return f"is {kind}"
+    return "is truncated or damaged"
+
+
+def open_file(path: Path) -> Any:
+    """An open safetensors file: keys(), get_slice(), get_tensor(). Raises CheckpointError if it is none."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is no file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {_kind(path)}; a whole safetensors file is needed ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def file_spec(path: Path, handle: Any) -> Spec:
+    """Shapes and dtypes of an open file's tensors, from its header."""
+    spec = {}
+    for name in handle.keys():  # noqa: SIM118, no mapping
+        entry = handle.get_slice(name)
+        if entry.get_dtype() not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has dtype {entry.get_dtype()}, which this version cannot read")
+        spec[name] = (tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
+    return spec
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError if the file is missing or holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    """Tensor names and the names of their files, from an index."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map; the index is damaged")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in "/\\:"):
+            raise CheckpointError(f"{path}: {name} is in {file!r}, which is no safetensors file of this folder")
+    return weight_map
+
+
+def _nothing(folder: Path) -> CheckpointError:
+    """Why a folder without a known file cannot be read."""
+    if not folder.is_dir():
+        return CheckpointError(f"{folder}: no such folder")
+    reason = f"{folder}: no {STEM}.safetensors and no index of shards"
+    if (folder / "transformer").is_dir():
+        return CheckpointError(f"{reason}; this is a whole pipeline, take its subfolder 'transformer'")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.ckpt")):
+        return CheckpointError(f"{reason}; pickled weights are not read, save them as safetensors with Diffusers")
+    if any(folder.glob("*.safetensors")):
+        return CheckpointError(f"{reason}; other layouts than Diffusers' have to be converted first")
+    return CheckpointError(reason)
+
+
+class TensorFolder(Mapping[str, Tensor]):
+    """The tensors of a Diffusers model folder, read-only, each read from disk when it is asked for.
+
+    Reads `diffusion_pytorch_model` or `model`, sharded or not, and a .bf16 or .fp16 variant where there is no other.
+    Raises CheckpointError for files that are missing, truncated or no safetensors, or that contradict their index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handles: dict[str, Any] = {}
+        self._spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        index = self._index()
+        for file in sorted(set(index.values())):
+            self._open(file, None if index.keys() == {""} else {n for n, f in index.items() if f == file})
+        self._files = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
+
+    def _index(self) -> dict[str, str]:
+        """Tensors' files; a file alone stands under the empty name."""
+        for stem in _STEMS:
+            for variant in _VARIANTS:
+                index = self.folder / f"{stem}.safetensors.index{variant}.json"
+                single = self.folder / f"{stem}{variant}.safetensors"
+                if index.exists():
+                    return _indexed(index)
+                if single.exists():
+                    return {"": single.name}
+        raise _nothing(self.folder)
+
+    def _open(self, file: str, names: set[str] | None) -> None:
+        path = self.folder / file
+        handle = open_file(path)
+        spec = file_spec(path, handle)
+        wrong = set() if names is None else names ^ spec.keys()
+        if wrong:
+            raise CheckpointError(f"{path}: does not agree with its index about {', '.join(sorted(wrong)[:10])}")
+        self._handles[file] = handle
+        self._spec.update(spec)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._handles[self._files[name]].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spec)
+
+    def __len__(self) -> int:
+        return len(self._spec)
+
+    def spec(self) -> Spec:
+        """Shapes and dtypes by name, from the headers."""
+        return dict(self._spec)
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of each file: equal for an unchanged folder."""
+        stats = ((file, (self.folder / file).stat()) for file in sorted(self._handles))
+        return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]

@@ -1,0 +1,46 @@
+"""The entry point: `tonfa` and its commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tonfa.cli.doctor import doctor
+from tonfa.cli.generate import generate
+from tonfa.cli.quantize import quantize
+from tonfa.version import __version__
+
+app = typer.Typer(
+    name="tonfa",
+    help="SVDQuant 4-bit FLUX: quantize a transformer, draw pictures with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tonfa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """SVDQuant 4-bit FLUX: quantize a transformer, draw pictures with it."""
+
+
+app.command()(generate)
+app.command()(quantize)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failure with a message, 2 wrong usage, 130 interrupted."""
+    app()

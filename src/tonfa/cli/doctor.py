@@ -1,0 +1,148 @@
+"""`tonfa doctor`: what this machine is, and which kernel runs what on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tonfa.cli.failures import Debug, command
+from tonfa.cli.options import ActivationsOption, DeviceOption, parse_device
+from tonfa.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface-hub", "triton", "numba")
+
+
+@command(interrupted="nothing was changed")
+def doctor(
+    device: DeviceOption = "auto",
+    activations: ActivationsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show versions, devices, and which backend computes each operation, with the reason where one cannot.
+
+    Example:
+
+    ```
+    tonfa doctor --device cpu --activations int8
+    ```
+    """
+    facts = examine(device, activations)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+
+
+def examine(device: str, activations: str | None) -> dict[str, Any]:
+    """Everything that the command shows."""
+    import torch
+
+    from tonfa.dispatch import default_activations, report
+
+    place = parse_device(device)
+    default = default_activations(place)
+    policy = activations or default
+    return {
+        "tonfa": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "cpu": {
+            "name": cpu_name(),
+            "cores": _cores(),
+            "threads": torch.get_num_threads(),
+            "exact_int8_products": int8_is_exact(),
+        },
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
+        "device": str(place),
+        "default_activations": default,
+        "activations": policy,
+        "operations": [asdict(row) for row in report(place, policy)],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The model that the operating system reports."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def int8_is_exact() -> bool:
+    """Whether PyTorch's INT8 product adds up the largest values exactly: some CPUs saturate pairs at 16 bits."""
+    import torch
+
+    a = torch.full((32, 256), -128, dtype=torch.int8)
+    b = torch.full((32, 256), -128, dtype=torch.int8).t()
+    a[::2], b[:, ::2] = 127, 127
+    return torch.equal(torch._int_mm(a, b), a.int() @ b.int())
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    properties: torch._C._CudaDeviceProperties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "memory": properties.total_memory,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tonfa.cli.console import size
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"tonfa {facts['tonfa']}, Python {facts['python']} on {sys.platform}")
+    packages = (f"{name} {version or 'not installed'}" for name, version in facts["packages"].items())
+    console.print(", ".join(packages))
+    cpu = facts["cpu"]
+    exact = "exact" if cpu["exact_int8_products"] else "NOT exact"
+    console.print(f"\nCPU   {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, INT8 products {exact}")
+    for i, gpu in enumerate(facts["gpus"]):
+        console.print(f"GPU {i} {gpu['name']}, {gpu['architecture']}, {size(gpu['memory'])}")
+    if not facts["gpus"]:
+        console.print(f"GPU   none that PyTorch can use (built for CUDA: {facts['cuda'] or 'no'})")
+    console.print(
+        f"\nOn {facts['device']}: activations {facts['activations']} (default {facts['default_activations']})"
+    )
+    table = Table("operation", "backend", "runs", box=None, pad_edge=False, header_style="bold")
+    for row in facts["operations"]:
+        table.add_row(row["op"], row["backend"], _runs(row))
+    console.print(table)
+
+
+def _runs(row: dict[str, Any]) -> str:
+    if not row["runs"]:
+        return f"no: {row['note']}"
+    return "yes (kernel)" if row["note"] == "kernel" else "yes (composed)"

@@ -1,0 +1,150 @@
+"""FLUX's two kinds of blocks, written over fused ops; names and order are those of `plan.py`.
+
+The image and the text stream have their own weights in a double block and share them in a single one. Text tokens come
+first wherever the streams are joined, as in Diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tonfa.layers.bound import BoundModule
+from tonfa.layers.fused import FusedLinear, SharedInput
+from tonfa.layers.modulation import Modulation
+from tonfa.models.flux.plan import MLP_RATIO
+from tonfa.ops.activation import QuantizedActivation
+from tonfa.ops.fused import RMS_NORM_EPS, Rotary
+
+LinearFactory = Callable[..., FusedLinear]
+"""(in_features, out_features, unsigned=False) -> a linear with 4-bit or with 16-bit weights."""
+
+ModulationFactory = Callable[[int, int], Modulation]
+"""(hidden_size, chunks) -> a modulation with 4-bit or with 16-bit weights."""
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x)))."""
+
+    def __init__(self, hidden_size: int, linear: LinearFactory) -> None:
+        super().__init__()
+        self.up = linear(hidden_size, MLP_RATIO * hidden_size)
+        self.down = linear(MLP_RATIO * hidden_size, hidden_size, unsigned=True)
+
+    def forward(self, x: QuantizedActivation, residual: Tensor, gate: Tensor) -> Tensor:
+        """Residual + gate * down(gelu(up(x))), with x the quantized input of `up`."""
+        return self.down.product_gate_residual(self.up.product_gelu_quantize(x, self.down), residual, gate)
+
+
+class SingleAttention(nn.Module):
+    """Attention over the joined tokens."""
+
+    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory) -> None:
+        super().__init__()
+        self.to_qkv = linear(hidden_size, 3 * hidden_size)
+        self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.to_out = linear(hidden_size, hidden_size)
+
+    def forward(self, x: QuantizedActivation, rotary: Rotary, mask: Tensor | None) -> Tensor:
+        """(B, L, H * D): the input of `to_out`."""
+        q, k, v = self.to_qkv.product_norm_rope(x, self.norm_q.weight, self.norm_k.weight, rotary)
+        return attend(self.to_qkv, q, k, v, mask)
+
+
+class JointAttention(nn.Module):
+    """Attention of text and image tokens to each other, each stream with its own projections."""
+
+    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory) -> None:
+        super().__init__()
+        self.to_qkv = linear(hidden_size, 3 * hidden_size)
+        self.add_qkv_proj = linear(hidden_size, 3 * hidden_size)
+        self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.norm_added_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.norm_added_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
+        self.to_out = linear(hidden_size, hidden_size)
+        self.to_add_out = linear(hidden_size, hidden_size)
+
+    def forward(
+        self, img: QuantizedActivation, txt: QuantizedActivation, rotary: Rotary, text_length: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, L_img, H * D) and (B, L_txt, H * D): the inputs of `to_out` and `to_add_out`."""
+        txt_rotary = (rotary[0][:text_length], rotary[1][:text_length])
+        img_rotary = (rotary[0][text_length:], rotary[1][text_length:])
+        txt_qkv = self.add_qkv_proj.product_norm_rope(
+            txt, self.norm_added_q.weight, self.norm_added_k.weight, txt_rotary
+        )
+        img_qkv = self.to_qkv.product_norm_rope(img, self.norm_q.weight, self.norm_k.weight, img_rotary)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        joined = attend(self.to_qkv, q, k, v, mask)
+        return joined[:, text_length:], joined[:, :text_length]
+
+
+def attend(layer: BoundModule, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by the kernels of a layer: (B, H, L, D) each -> (B, L, H * D)."""
+    return layer.binding().kernels.attention(q, k, v, mask)
+
+
+class DoubleBlock(nn.Module):
+    """Separate streams of image and text, joined in the attention."""
+
+    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory, modulation: ModulationFactory) -> None:
+        super().__init__()
+        self.norm1 = modulation(hidden_size, 6)
+        self.norm1_context = modulation(hidden_size, 6)
+        self.attn = JointAttention(hidden_size, head_dim, linear)
+        self.ff = FeedForward(hidden_size, linear)
+        self.ff_context = FeedForward(hidden_size, linear)
+
+    def forward(
+        self,
+        img: Tensor,  # (B, L_img, hidden)
+        txt: Tensor,  # (B, L_txt, hidden)
+        vec: Tensor,  # (B, hidden)
+        rotary: Rotary,  # (L_txt + L_img, head_dim) each
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The image and the text stream after this block."""
+        attn = self.attn
+        img_shift, img_scale, img_gate, img_ff_shift, img_ff_scale, img_ff_gate = self.norm1(vec)
+        txt_shift, txt_scale, txt_gate, txt_ff_shift, txt_ff_scale, txt_ff_gate = self.norm1_context(vec)
+
+        img_in = attn.to_qkv.norm_modulate_quantize(img, img_scale, img_shift)
+        txt_in = attn.add_qkv_proj.norm_modulate_quantize(txt, txt_scale, txt_shift)
+        img_attn, txt_attn = attn(img_in, txt_in, rotary, txt.shape[1], mask)
+        img = attn.to_out.product_gate_residual(attn.to_out.quantize(img_attn), img, img_gate)
+        txt = attn.to_add_out.product_gate_residual(attn.to_add_out.quantize(txt_attn), txt, txt_gate)
+
+        img = self.ff(self.ff.up.norm_modulate_quantize(img, img_ff_scale, img_ff_shift), img, img_ff_gate)
+        txt = self.ff_context(
+            self.ff_context.up.norm_modulate_quantize(txt, txt_ff_scale, txt_ff_shift), txt, txt_ff_gate
+        )
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """One stream of text and image tokens; attention and MLP read the same normalized input."""
+
+    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory, modulation: ModulationFactory) -> None:
+        super().__init__()
+        self.norm = modulation(hidden_size, 3)
+        self.attn = SingleAttention(hidden_size, head_dim, linear)
+        self.ff = FeedForward(hidden_size, linear)
+        self._inputs = SharedInput(self.attn.to_qkv, self.ff.up)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, L, hidden), text tokens first
+        vec: Tensor,  # (B, hidden)
+        rotary: Rotary,  # (L, head_dim) each
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The stream after this block."""
+        shift, scale, gate = self.norm(vec)
+        qkv_in, ff_in = self._inputs.norm_modulate_quantize(x, scale, shift)
+        attention = self.attn(qkv_in, rotary, mask)
+        x = self.attn.to_out.product_gate_residual(self.attn.to_out.quantize(attention), x, gate)
+        return self.ff(ff_in, x, gate)

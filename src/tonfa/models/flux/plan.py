@@ -1,0 +1,91 @@
+"""FLUX's plan: which linear of the fused model is made of which Diffusers weights, and which share an input.
+
+The fused model stacks q, k and v, splits a single block's `proj_out` at the border between its attention and its MLP
+channels (`proj_out([a, m]) = out(a) + down(m)`, the bias stays with the second), and keeps the embedders, the norms
+and the output layer in 16 bits: the layers and precisions of the published FLUX checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tonfa.plan import BlockPlan, LinearPlan, ModelPlan
+
+MLP_RATIO = 4
+
+_OUTER_LINEARS = ("x_embedder", "context_embedder", "norm_out.linear", "proj_out")
+_TIME_TEXT_LINEARS = ("timestep_embedder", "text_embedder")
+
+
+@dataclass(frozen=True)
+class FluxDims:
+    """The numbers of a FLUX configuration that the plan depends on."""
+
+    hidden_size: int
+    num_layers: int
+    num_single_layers: int
+    guidance_embeds: bool
+
+
+def _outer(dims: FluxDims) -> BlockPlan:
+    embedders = (*_TIME_TEXT_LINEARS, *(("guidance_embedder",) if dims.guidance_embeds else ()))
+    linears = (*_OUTER_LINEARS, *(f"time_text_embed.{e}.linear_{i}" for e in embedders for i in (1, 2)))
+    names = [f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias")]
+    return BlockPlan("outer", (), tuple((name, name) for name in names))
+
+
+def _modulation(name: str, hidden: int, chunks: int) -> LinearPlan:
+    """Chunks are shift, scale, gate (twice in a double block); chunks 1 and `chunks - 2` are scales."""
+    scales = sorted({1, chunks - 2})
+    rows = tuple((c * hidden, (c + 1) * hidden) for c in scales)
+    return LinearPlan(name, (name,), chunks * hidden, hidden, "w4a16", plus_one=rows)
+
+
+def _double_block(index: int, hidden: int) -> BlockPlan:
+    p = f"transformer_blocks.{index}"
+    mlp = MLP_RATIO * hidden
+    linears = []
+    streams = (
+        ("norm1.linear", "to_qkv", ("to_q", "to_k", "to_v"), "to_out", "to_out.0", "ff"),
+        (
+            "norm1_context.linear",
+            "add_qkv_proj",
+            ("add_q_proj", "add_k_proj", "add_v_proj"),
+            "to_add_out",
+            "to_add_out",
+            "ff_context",
+        ),
+    )
+    for modulation, qkv, qkv_sources, out, out_source, ff in streams:
+        linears += [
+            _modulation(f"{p}.{modulation}", hidden, 6),
+            LinearPlan(f"{p}.attn.{qkv}", tuple(f"{p}.attn.{s}" for s in qkv_sources), 3 * hidden, hidden),
+            LinearPlan(f"{p}.attn.{out}", (f"{p}.attn.{out_source}",), hidden, hidden),
+            LinearPlan(f"{p}.{ff}.up", (f"{p}.{ff}.net.0.proj",), mlp, hidden),
+            LinearPlan(f"{p}.{ff}.down", (f"{p}.{ff}.net.2",), hidden, mlp, unsigned=True),
+        ]
+    norms = [f"{p}.attn.{n}.weight" for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    return BlockPlan(p, tuple(linears), tuple((n, n) for n in norms))
+
+
+def _single_block(index: int, hidden: int) -> BlockPlan:
+    p = f"single_transformer_blocks.{index}"
+    mlp = MLP_RATIO * hidden
+    qkv = f"{p}.attn.to_qkv"
+    proj_out = (f"{p}.proj_out",)
+    linears = (
+        _modulation(f"{p}.norm.linear", hidden, 3),
+        LinearPlan(qkv, tuple(f"{p}.attn.{s}" for s in ("to_q", "to_k", "to_v")), 3 * hidden, hidden),
+        LinearPlan(f"{p}.attn.to_out", proj_out, hidden, hidden, columns=(0, hidden), source_bias=False),
+        LinearPlan(f"{p}.ff.up", (f"{p}.proj_mlp",), mlp, hidden, shares_input=qkv),
+        LinearPlan(f"{p}.ff.down", proj_out, hidden, mlp, columns=(hidden, hidden + mlp), unsigned=True),
+    )
+    norms = [f"{p}.attn.{n}.weight" for n in ("norm_q", "norm_k")]
+    return BlockPlan(p, linears, tuple((n, n) for n in norms))
+
+
+def flux_plan(dims: FluxDims) -> ModelPlan:
+    """The plan of a FLUX transformer of these dimensions."""
+    doubles = (_double_block(i, dims.hidden_size) for i in range(dims.num_layers))
+    singles = (_single_block(i, dims.hidden_size) for i in range(dims.num_single_layers))
+    return ModelPlan((_outer(dims), *doubles, *singles))

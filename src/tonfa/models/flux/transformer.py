@@ -1,0 +1,346 @@
+"""SVDQFluxTransformer2DModel: FLUX's transformer with 4-bit weights behind the interface of Diffusers' own.
+
+Diffusers' modules compute what lies outside of the blocks (embedders, rotary positions, output layer); the blocks are
+those of `blocks.py`. Any FLUX.1 variant that differs by configuration alone runs: dev, schnell, Depth, Canny, Fill,
+Kontext, at any number of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CacheMixin, ConfigMixin, FluxTransformer2DModel, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from torch import Tensor, nn
+
+from tonfa.checkpoint import files, native
+from tonfa.errors import CheckpointError, FormatError, UnsupportedError
+from tonfa.formats import GROUP_SIZE
+from tonfa.layers.dense import DenseLinear
+from tonfa.layers.fused import FusedLinear
+from tonfa.layers.linear import SVDQLinear
+from tonfa.layers.modulation import Modulation, W4A16Linear
+from tonfa.models.flux.blocks import DoubleBlock, SingleBlock
+from tonfa.models.flux.plan import FluxDims, flux_plan
+from tonfa.quantize.planned import materialize
+from tonfa.quantize.recipe import DEFAULT_RANK, Recipe
+
+_RESERVED_LOADING_OPTIONS = {
+    "device_map": (None,),
+    "max_memory": (None,),
+    "offload_folder": (None,),
+    "offload_state_dict": (None, False),
+    "variant": (None,),
+    "use_safetensors": (None, True),
+    "low_cpu_mem_usage": (None, True, False),
+    "use_flashpack": (None, False),
+    "disable_mmap": (None, False),
+}
+"""What Diffusers' pipelines pass to a component, with the values that ask for nothing this class lacks."""
+
+
+def _linear_factory(rank: int | None) -> Any:
+    def svdq(in_features: int, out_features: int, unsigned: bool = False) -> FusedLinear:
+        return SVDQLinear(in_features, out_features, rank or DEFAULT_RANK, unsigned=unsigned)
+
+    def dense(in_features: int, out_features: int, unsigned: bool = False) -> FusedLinear:
+        return DenseLinear(in_features, out_features)
+
+    return dense if rank is None else svdq
+
+
+def _modulation_factory(dense: bool) -> Any:
+    linear = DenseLinear if dense else W4A16Linear
+    return lambda hidden_size, chunks: Modulation(hidden_size, chunks, linear(hidden_size, chunks * hidden_size))
+
+
+class SVDQFluxTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
+    """FLUX's transformer, 4-bit by SVDQuant; a Diffusers FLUX pipeline takes it as its `transformer`.
+
+    Arguments are those of `diffusers.FluxTransformer2DModel`; `quantization_config` holds what the checkpoint says of
+    its weights (rank, group size, recipe). None makes a model with 16-bit weights that runs through the same fused
+    forward pass.
+    """
+
+    # Diffusers writes a component's module into model_index.json and takes the last folder of a longer path for one of
+    # its own pipelines ("flux" is one), so the class says its public place.
+    __module__ = "tonfa"
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012, Diffusers' own attribute
+    _repeated_blocks = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012, Diffusers' own attribute
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]  # noqa: RUF012, Diffusers' own attribute
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        quantization_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels or in_channels
+        self.inner_dim = num_attention_heads * attention_head_dim
+        if quantization_config is not None and self.inner_dim % GROUP_SIZE:
+            raise FormatError(f"hidden size {self.inner_dim} is no multiple of the group size {GROUP_SIZE}")
+
+        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
+        embed = CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
+        self.time_text_embed = embed(embedding_dim=self.inner_dim, pooled_projection_dim=pooled_projection_dim)
+        self.context_embedder = nn.Linear(joint_attention_dim, self.inner_dim)
+        self.x_embedder = nn.Linear(in_channels, self.inner_dim)
+
+        rank = None if quantization_config is None else int(quantization_config["rank"])
+        block = (self.inner_dim, attention_head_dim, _linear_factory(rank), _modulation_factory(rank is None))
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(*block) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(*block) for _ in range(num_single_layers))
+
+        self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
+        self.requires_grad_(False)
+
+    # ------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        activations: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> SVDQFluxTransformer2DModel:
+        """Load a 4-bit checkpoint from a local folder or a Hub id.
+
+        `dtype` (or `torch_dtype`) casts scales and 16-bit weights; None keeps the checkpoint's. `activations` is the
+        policy of `set_activations`. Raises CheckpointError, naming file and tensor, for anything that is missing,
+        truncated, misshapen or of another kind, and TypeError for unknown options.
+        """
+        for name, value in options.items():
+            if name not in _RESERVED_LOADING_OPTIONS:
+                raise TypeError(f"{cls.__name__}.from_pretrained has no option {name!r}")
+            if value not in _RESERVED_LOADING_OPTIONS[name]:
+                raise UnsupportedError(f"{cls.__name__}.from_pretrained does not support {name}={value!r}")
+        folder = files.resolve(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        config = native.read_config(folder)
+        model = cls._on_meta(config)
+        tensors = native.load(
+            folder,
+            {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()},
+            device=device or "cpu",
+            dtype=dtype or torch_dtype,
+        )
+        return model._filled(tensors).set_activations(activations)
+
+    @classmethod
+    def from_dense(
+        cls,
+        transformer: FluxTransformer2DModel,
+        recipe: Recipe | None = Recipe(),  # noqa: B008, frozen
+        *,
+        activations: str | None = None,
+    ) -> SVDQFluxTransformer2DModel:
+        """Quantize a Diffusers transformer in memory, without calibration data; `recipe=None` keeps 16-bit weights.
+
+        The result is on the transformer's device, in its dtype. `tonfa quantize` does the same from disk to disk, a
+        block at a time.
+        """
+        config = dict(transformer.config)
+        config["quantization_config"] = None if recipe is None else native.quantization_config(recipe.rank, recipe)
+        model = cls._on_meta(config)
+        dims = FluxDims(model.inner_dim, config["num_layers"], config["num_single_layers"], config["guidance_embeds"])
+        tensors = materialize(flux_plan(dims), transformer.state_dict(), recipe)
+        return model._filled(tensors).set_activations(activations)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = True,
+        **options: Any,
+    ) -> None:
+        """Write the native checkpoint: config.json and safetensors, whole or not at all."""
+        if options.pop("push_to_hub", False):
+            raise UnsupportedError("save_pretrained does not push; use huggingface_hub.upload_folder on the folder")
+        if options:
+            raise TypeError(f"save_pretrained has no option {', '.join(map(repr, options))}")
+        if not safe_serialization or variant is not None:
+            raise UnsupportedError("native checkpoints are safetensors without variants")
+        if self.config.quantization_config is None:
+            raise UnsupportedError("this model has 16-bit weights: save the Diffusers transformer that it was made of")
+        if is_main_process:
+            native.save(
+                Path(save_directory),
+                dict(self.config),
+                self.state_dict(),
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+            )
+
+    @classmethod
+    def _on_meta(cls, config: Mapping[str, Any]) -> SVDQFluxTransformer2DModel:
+        """A model of this configuration without memory for its tensors."""
+        arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+        try:
+            with torch.device("meta"):
+                return cls(**arguments)
+        except (TypeError, KeyError, ValueError, ZeroDivisionError, RuntimeError) as error:
+            raise CheckpointError(f"config.json describes no FLUX transformer: {error}") from error
+
+    def _filled(self, tensors: Mapping[str, Tensor]) -> SVDQFluxTransformer2DModel:
+        self.load_state_dict(tensors, strict=True, assign=True)
+        return self.requires_grad_(False).eval()
+
+    # ------------------------------------------------------------------ policy
+
+    def set_activations(self, activations: str | None, backend: str | None = None) -> SVDQFluxTransformer2DModel:
+        """Choose how activations are quantized ("int4", "int8", "fp8", "none") and, if wanted, the backend.
+
+        None takes the default of the device that the model is on. Returns the model.
+        """
+        for layer in self.modules():
+            if isinstance(layer, SVDQLinear):
+                layer.set_activations(activations, backend)
+        return self
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Not offered: the attention belongs to the kernels chosen for the device."""
+        raise UnsupportedError(f"attention backend {backend!r}: the attention is chosen with the kernels of the device")
+
+    # ------------------------------------------------------------------ computing
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, L_img, in_channels)
+        encoder_hidden_states: Tensor | None = None,  # (B, L_txt, joint_attention_dim)
+        pooled_projections: Tensor | None = None,  # (B, pooled_projection_dim)
+        timestep: Tensor | None = None,  # (B,) in [0, 1]
+        img_ids: Tensor | None = None,  # (L_img, 3)
+        txt_ids: Tensor | None = None,  # (L_txt, 3)
+        guidance: Tensor | None = None,  # (B,)
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,  # each (B, L_img, hidden)
+        controlnet_single_block_samples: Sequence[Tensor] | None = None,  # each (B, L_img, hidden)
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The velocity (B, L_img, out_channels), as `diffusers.FluxTransformer2DModel.forward` computes it.
+
+        `joint_attention_kwargs` may hold `attention_mask` ((B, L), True or 1 attends, or broadcastable to
+        (B, H, L, L), L = L_txt + L_img) and `scale`, which only scales LoRA layers and has no effect here.
+        """
+        inputs = _checked(
+            self.config,
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=guidance,
+        )
+        mask = _attention_mask(joint_attention_kwargs)
+        img = self.x_embedder(inputs["hidden_states"])
+        txt = self.context_embedder(inputs["encoder_hidden_states"])
+        conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
+        vec = self.time_text_embed(*conditions, inputs["pooled_projections"])
+        rotary = self.pos_embed(torch.cat((inputs["txt_ids"], inputs["img_ids"])))
+
+        for i, block in enumerate(self.transformer_blocks):
+            img, txt = block(img, txt, vec, rotary, mask)
+            if controlnet_block_samples is not None:
+                count = len(controlnet_block_samples)
+                stride = math.ceil(len(self.transformer_blocks) / count)
+                img = img + controlnet_block_samples[i % count if controlnet_blocks_repeat else i // stride]
+
+        text_length = txt.shape[1]
+        x = torch.cat((txt, img), dim=1)
+        for i, block in enumerate(self.single_transformer_blocks):
+            x = block(x, vec, rotary, mask)
+            if controlnet_single_block_samples is not None:
+                stride = math.ceil(len(self.single_transformer_blocks) / len(controlnet_single_block_samples))
+                x[:, text_length:] += controlnet_single_block_samples[i // stride]
+
+        sample = self.proj_out(self.norm_out(x[:, text_length:], vec))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _checked(config: Any, **inputs: Tensor | None) -> dict[str, Tensor]:
+    """The inputs that are given, checked against the configuration and each other; ids lose their batch dimension."""
+    optional = set() if config.guidance_embeds else {"guidance"}
+    missing = sorted(name for name, value in inputs.items() if value is None and name not in optional)
+    if missing:
+        raise FormatError(f"the transformer needs {', '.join(missing)}")
+    if not config.guidance_embeds and inputs["guidance"] is not None:
+        raise FormatError("guidance was given, but this model has no guidance embedding (guidance_embeds is false)")
+    given = {name: value for name, value in inputs.items() if value is not None}
+    for name in ("img_ids", "txt_ids"):
+        if given[name].ndim == 3:
+            given[name] = given[name][0]
+    batch, img_length = given["hidden_states"].shape[:2]
+    txt_length = given["encoder_hidden_states"].shape[1]
+    expected = {
+        "hidden_states": (batch, img_length, config.in_channels),
+        "encoder_hidden_states": (batch, txt_length, config.joint_attention_dim),
+        "pooled_projections": (batch, config.pooled_projection_dim),
+        "timestep": (batch,),
+        "guidance": (batch,),
+        "img_ids": (img_length, len(config.axes_dims_rope)),
+        "txt_ids": (txt_length, len(config.axes_dims_rope)),
+    }
+    for name, tensor in given.items():
+        shape = tuple(tensor.shape)
+        if name in ("timestep", "guidance") and shape in ((), (1,)):
+            given[name] = tensor.reshape(1).expand(batch)
+        elif shape != expected[name]:
+            raise FormatError(f"{name}: expected shape {expected[name]}, got {shape}")
+    return given
+
+
+def _attention_mask(joint_attention_kwargs: Mapping[str, Any] | None) -> Tensor | None:
+    unknown = set(joint_attention_kwargs or {}) - {"attention_mask", "scale"}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise UnsupportedError(f"joint_attention_kwargs: {names} not supported; known are attention_mask and scale")
+    mask: Tensor | None = (joint_attention_kwargs or {}).get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return mask.bool()[:, None, None, :]
+    return mask

@@ -1,0 +1,222 @@
+"""Quantizing from disk to disk, a linear at a time: resumable, and never with more than one shard in memory.
+
+The output's shapes follow from the plan, so the shards and their names are laid out before anything is read. Host
+memory holds the finished tensors of one shard and the linear in work; on a GPU the linear in work is there. Measured
+on Gaussian weights of FLUX's shapes, rank 32 and 8 iterations: 29 s for all linears on one H200 with at most 1.1 GB of
+its memory, reading and writing apart; 10 s for one linear of 3072 x 12288 on one CPU core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tonfa.checkpoint.native import MODEL_CLASS, VERSION, quantization_config
+from tonfa.checkpoint.shards import DEFAULT_SHARD_SIZE, group_by_size, parse_size, shard_names, write_tensors
+from tonfa.checkpoint.strict import Spec, check, dtype_name, nbytes
+from tonfa.errors import CheckpointError, UnsupportedError
+from tonfa.plan import BlockPlan, LinearPlan, ModelPlan
+from tonfa.quantize.checks import check_finite
+from tonfa.quantize.planned import dense_spec, gather, planned_spec, quantize_planned, relative_error
+from tonfa.quantize.recipe import Recipe
+from tonfa.quantize.workspace import Workspace
+from tonfa.version import __version__
+from tonfa.weights import FLOAT_DTYPES
+
+Progress = Callable[[str, int, int], None]
+"""Called with a linear's name, the number of finished linears and the number of all."""
+
+_DISK_MARGIN = 1 << 20
+
+
+class Source(Protocol):
+    """A dense model on disk: `checkpoint.tensors.TensorFolder`."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        ...
+
+    def spec(self) -> Spec:
+        """Shapes and dtypes by name."""
+        ...
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Equal only for unchanged files."""
+        ...
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """One tensor, read now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run made."""
+
+    errors: dict[str, float]
+    """Relative error of each linear's weight."""
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+    resumed: int
+    """Linears that an earlier, interrupted run had finished."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    blocks: tuple[BlockPlan, ...]
+    spec: Spec
+
+
+def _block_spec(block: BlockPlan, source: Spec, rank: int, dtype: torch.dtype) -> Spec:
+    spec = {target: (source[name][0], dtype) for target, name in block.copies}
+    for linear in block.linears:
+        spec |= planned_spec(linear, rank, dtype)
+    return spec
+
+
+def _layout(plan: ModelPlan, source: Spec, rank: int, dtype: torch.dtype, limit: int) -> list[_Shard]:
+    """Neighboring blocks share a shard up to `limit` bytes."""
+    specs = [_block_spec(block, source, rank, dtype) for block in plan.blocks]
+    groups = group_by_size(specs, limit)
+    return [
+        _Shard(name, tuple(plan.blocks[i] for i in group), {n: e for i in group for n, e in specs[i].items()})
+        for name, group in zip(shard_names(len(groups)), groups, strict=True)
+    ]
+
+
+def _check_source(source: Source, plan: ModelPlan, target: Spec | None, dtype: torch.dtype) -> Spec:
+    """The source's spec, compared with what the plan needs; copied tensors have the shape of `target`'s, if given."""
+    found = source.spec()
+    copies: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for block in plan.blocks:
+        for name, original in block.copies:
+            shape = target[name][0] if target is not None else found.get(original, ((), dtype))[0]
+            copies[original] = (shape, dtype)
+    check(found, dense_spec(plan, copies, dtype), str(source.folder))
+    return found
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed + _DISK_MARGIN:
+        raise CheckpointError(
+            f"{folder}: {needed / 1e9:.2f} GB have to be written and {free / 1e9:.2f} GB are free; "
+            "free some space or choose another disk"
+        )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _native_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {**kept, "_class_name": MODEL_CLASS, "quantization_config": quantization_config(recipe.rank, recipe)}
+
+
+def _copied(name: str, source: Source, dtype: torch.dtype) -> Tensor:
+    tensor = source[name]
+    check_finite(name, tensor, dtype)
+    return tensor.to(dtype)
+
+
+def _quantized(
+    linear: LinearPlan, source: Source, recipe: Recipe, dtype: torch.dtype, device: torch.device | str
+) -> tuple[dict[str, Tensor], float]:
+    """The tensors of one linear, on the host, and its relative error."""
+    weight, bias = gather(linear, source, device)
+    weights = quantize_planned(linear, weight, bias, recipe, dtype)
+    tensors = {f"{linear.name}.{field}": tensor.cpu() for field, tensor in weights.tensors().items()}
+    return tensors, relative_error(weight, weights)
+
+
+def quantize_checkpoint(
+    source: Source,
+    plan: ModelPlan,
+    config: Mapping[str, Any],
+    out: Path,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    target: Spec | None = None,
+) -> Report:
+    """Quantize a dense Diffusers model into a native checkpoint in the folder `out`.
+
+    `config` is the model's Diffusers configuration, `dtype` that of scales, branches and copies, `target` the spec of
+    the quantized model's state dict, with which copied tensors are compared too. Stopped at any moment, the run leaves
+    `<out>.partial` behind and goes on there when it is repeated. `overwrite` replaces a checkpoint in `out` and
+    discards an unfinished run with other settings.
+
+    Raises CheckpointError for a source that does not fit the plan, an `out` that is taken, too little space on the
+    disk; FormatError for weights that are not finite; UnsupportedError for a dtype or size that is not offered.
+    """
+    started = time.monotonic()
+    if dtype not in FLOAT_DTYPES:
+        raise UnsupportedError(f"dtype {dtype_name(dtype)}: choose bfloat16, float16 or float32")
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(f"{source.folder}: the model is quantized already; give the 16-bit model")
+    if source.folder.resolve() == out.resolve():
+        raise CheckpointError(f"{out}: is the source itself; choose another folder")
+    found = _check_source(source, plan, target, dtype)
+    limit = parse_size(max_shard_size)
+    shards = _layout(plan, found, recipe.rank, dtype, limit)
+    if target is not None:
+        check({name: entry for shard in shards for name, entry in shard.spec.items()}, target, "the plan")
+
+    native = _native_config(config, recipe)
+    fingerprint = {
+        "tonfa version": __version__,
+        "format version": VERSION,
+        "recipe": asdict(recipe),
+        "dtype": dtype_name(dtype),
+        "shard size": limit,
+        "model": _digest((plan, json.dumps(native, sort_keys=True))),
+        "source": [list(entry) for entry in source.identity()],
+    }
+    workspace = Workspace(out, fingerprint, overwrite)
+    finished = {shard.name: workspace.finished(shard.name, shard.spec) for shard in shards}
+    _check_space(workspace.folder, sum(nbytes(shard.spec) for shard in shards if finished[shard.name] is None))
+
+    total = sum(1 for _ in plan.linears())
+    errors = {linear: error for known in finished.values() if known for linear, error in known.items()}
+    resumed = len(errors)
+    for shard in shards:
+        if finished[shard.name] is not None:
+            continue
+        tensors: dict[str, Tensor] = {}
+        made: dict[str, float] = {}
+        for block in shard.blocks:
+            tensors |= {name: _copied(original, source, dtype) for name, original in block.copies}
+            for linear in block.linears:
+                quantized, made[linear.name] = _quantized(linear, source, recipe, dtype, device)
+                tensors |= quantized
+                if progress is not None:
+                    progress(linear.name, len(errors) + len(made), total)
+        write_tensors(workspace.content / shard.name, tensors)
+        workspace.enter(shard.name, made)
+        errors |= made
+
+    workspace.publish(native, {shard.name: shard.spec for shard in shards})
+    return Report(
+        errors={linear.name: errors[linear.name] for linear in plan.linears()},
+        bytes_in=nbytes(found),
+        bytes_out=sum(nbytes(shard.spec) for shard in shards),
+        seconds=time.monotonic() - started,
+        resumed=resumed,
+    )

@@ -1,0 +1,53 @@
+"""`tonfa doctor` reports what dispatch would choose."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tonfa.cli.doctor import cpu_name, int8_is_exact
+from tonfa.dispatch import BACKENDS, report
+from tonfa.ops.table import OPS
+
+
+def test_json_is_the_report_of_dispatch(tonfa) -> None:
+    result = tonfa("doctor", "--device", "cpu", "--activations", "int8", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    expected = [vars(row) for row in report(torch.device("cpu"), "int8")]
+    assert facts["operations"] == expected and len(expected) == len(OPS) * len(BACKENDS)
+    assert facts["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts["default_activations"] == "int8" and facts["device"] == "cpu"
+    assert facts["cpu"]["name"] == cpu_name() != ""
+    assert len(facts["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+@pytest.mark.parametrize("activations", ["int4", "int8", "fp8", "none"])
+def test_table_names_every_operation(tonfa, activations: str) -> None:
+    result = tonfa("doctor", "--device", "cpu", "--activations", activations)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for row in report(torch.device("cpu"), activations):
+        (line,) = (line for line in lines if line.split()[:2] == [row.op, row.backend])
+        assert ("yes" if row.runs else "no: " + row.note) in line
+        assert ("(kernel)" in line) == (row.runs and row.note == "kernel")
+
+
+def test_missing_packages_are_said(tonfa, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tonfa.cli.doctor.PACKAGES", ("torch", "no-such-package"))
+    assert "no-such-package not installed" in tonfa("doctor").stdout
+
+
+def test_int8_products_are_checked() -> None:
+    assert int8_is_exact()
+
+
+def test_wrong_int8_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        pairs = a.view(*a.shape[:-1], -1, 2).int().unsqueeze(1) * b.t().reshape(1, b.shape[1], -1, 2).int()
+        return pairs.sum(-1).clamp(-(2**15), 2**15 - 1).sum(-1)
+
+    monkeypatch.setattr("torch._int_mm", saturating)
+    assert not int8_is_exact()

@@ -1,0 +1,169 @@
+"""The quantized FLUX: close to the dense one under every policy, the same after saving, wherever it runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from flux_models import dense_model, inputs, run
+from safetensors.torch import load_file, save_file
+
+from support import DEVICES, relative_error
+from tonfa.errors import CheckpointError, UnsupportedError
+from tonfa.layers.linear import SVDQLinear
+from tonfa.layers.modulation import W4A16Linear
+from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
+from tonfa.quantize.recipe import Recipe
+
+RECIPE = Recipe(rank=32, iterations=2)
+
+
+@pytest.fixture(scope="module")
+def quantized() -> SVDQFluxTransformer2DModel:
+    return SVDQFluxTransformer2DModel.from_dense(dense_model(dtype=torch.bfloat16), RECIPE)
+
+
+@pytest.fixture
+def folder(quantized: SVDQFluxTransformer2DModel, tmp_path: Path) -> Path:
+    quantized.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("activations", "bound"), [("none", 0.12), ("int8", 0.12), ("fp8", 0.14), ("int4", 0.35)])
+def test_every_policy_is_close_to_the_dense_model(
+    quantized: SVDQFluxTransformer2DModel, activations: str, bound: float, device: str
+) -> None:
+    dense = dense_model()
+    expected = run(dense, inputs(dense, 2))
+    model = copy.deepcopy(quantized).set_activations(activations).to(device)
+    found = run(model, inputs(dense, 2, dtype=torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, expected) < bound
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_4_bit_model_equals_the_dense_model_of_its_weights(quantized: SVDQFluxTransformer2DModel, device: str) -> None:
+    """With unquantized activations only rounding is left between the 4-bit model and its dequantized twin."""
+    fused = SVDQFluxTransformer2DModel.from_dense(dense_model(), recipe=None)
+    model = copy.deepcopy(quantized).float().set_activations("none").to(device)
+    layers = dict(model.named_modules())
+    state = fused.state_dict()
+    for name in state:
+        owner, _, kind = name.rpartition(".")
+        layer = layers[owner]
+        if hasattr(layer, "weights"):
+            weight, bias = layer.weights().dense()
+            state[name] = (weight if kind == "weight" else bias).cpu().clone()
+            if kind == "bias" and isinstance(layer, W4A16Linear):
+                chunks = layer.out_features // 128
+                for chunk in {1, chunks - 2}:
+                    state[name][chunk * 128 : (chunk + 1) * 128] -= 1
+        else:
+            state[name] = getattr(layer, kind).detach().cpu()
+    fused.load_state_dict(state)
+    values = inputs(model, 2)
+    assert relative_error(run(model, values), run(fused, values)) < 1e-5
+
+
+def test_deterministic_and_batch_equals_singles(quantized: SVDQFluxTransformer2DModel) -> None:
+    model = copy.deepcopy(quantized).set_activations("int8")
+    values = inputs(model, 3, dtype=torch.bfloat16)
+    whole = run(model, values)
+    assert torch.equal(run(model, values), whole)
+    for i in range(3):
+        single = {k: v if k.endswith("ids") else v[i : i + 1] for k, v in values.items()}
+        assert relative_error(run(model, single), whole[i : i + 1]) < 2e-2
+
+
+def test_saved_and_loaded_model_is_equal_to_the_bit(quantized: SVDQFluxTransformer2DModel, folder: Path) -> None:
+    loaded = SVDQFluxTransformer2DModel.from_pretrained(folder)
+    for name, tensor in quantized.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    values = inputs(quantized, dtype=torch.bfloat16)
+    assert torch.equal(run(loaded, values), run(quantized, values))
+    assert loaded.dtype == torch.bfloat16
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.config.quantization_config["rank"] == 32
+    assert (loaded.config.in_channels, loaded.config.guidance_embeds) == (128, True)
+
+
+def test_loading_casts_floats_and_chooses_the_policy(folder: Path) -> None:
+    model = SVDQFluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float16, activations="none")
+    assert model.dtype == torch.float16
+    layer = model.transformer_blocks[0].attn.to_qkv
+    assert isinstance(layer, SVDQLinear)
+    assert (layer.qweight.dtype, layer.wscales.dtype, layer.activations) == (torch.uint8, torch.float16, "none")
+
+
+def test_weights_are_4_bit_in_memory(quantized: SVDQFluxTransformer2DModel) -> None:
+    layer = quantized.single_transformer_blocks[0].ff.up
+    bits = 8 * sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if n in ("qweight", "wscales"))
+    assert bits / (layer.in_features * layer.out_features) == 4.25
+
+
+def test_moving_and_casting_follow(quantized: SVDQFluxTransformer2DModel) -> None:
+    model = copy.deepcopy(quantized).set_activations("int8")
+    bf16 = run(model, inputs(model, dtype=torch.bfloat16))
+    half = run(model.to(torch.float16), inputs(model, dtype=torch.float16))
+    assert half.dtype == torch.float16
+    assert relative_error(half, bf16) < 3e-2
+
+
+def edit_tensors(folder: Path, change) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+NAME = "single_transformer_blocks.1.ff.down.wscales"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(NAME), "missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+        (lambda t: t.update({NAME: t[NAME][:-1].clone()}), "expected"),
+        (lambda t: t.update({NAME: t[NAME].to(torch.int8)}), "int8"),
+    ],
+    ids=["missing", "extra", "misshapen", "wrong dtype"],
+)
+def test_a_wrong_checkpoint_is_refused_by_name(folder: Path, change, message: str) -> None:
+    edit_tensors(folder, change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        SVDQFluxTransformer2DModel.from_pretrained(folder)
+    assert message == "extra" or NAME in str(error.value)
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors"):
+        SVDQFluxTransformer2DModel.from_pretrained(folder)
+
+
+def test_what_is_no_4_bit_flux_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "nowhere")
+    dense_model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="tonfa quantize"):
+        SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_layers": "many"}))
+    with pytest.raises(CheckpointError, match="config"):
+        SVDQFluxTransformer2DModel.from_pretrained(folder)
+
+
+def test_unknown_and_unsupported_options(folder: Path) -> None:
+    with pytest.raises(TypeError, match="no option 'actvations'"):
+        SVDQFluxTransformer2DModel.from_pretrained(folder, actvations="int8")
+    with pytest.raises(UnsupportedError, match="device_map='auto'"):
+        SVDQFluxTransformer2DModel.from_pretrained(folder, device_map="auto")
+    with pytest.raises(UnsupportedError, match="activations='int3'"):
+        SVDQFluxTransformer2DModel.from_pretrained(folder, activations="int3")

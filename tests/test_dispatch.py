@@ -1,0 +1,66 @@
+"""Choosing kernels: the preference, the reasons, the policies of each device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tonfa import dispatch
+from tonfa.errors import UnsupportedError
+from tonfa.ops.activation import ACTIVATIONS
+from tonfa.ops.table import OPS
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_the_reference_runs_everything_everywhere(activations: str) -> None:
+    kernels = dispatch.bind(CPU, activations, backend="reference")
+    assert (kernels.backend, kernels.activations) == ("reference", activations)
+    assert all(callable(getattr(kernels, op)) for op in OPS)
+
+
+def test_binding_is_done_once() -> None:
+    assert dispatch.bind(CPU, "int4") is dispatch.bind(CPU, "int4")
+
+
+def test_preference_follows_the_order_of_backends() -> None:
+    rows = [r for r in dispatch.report(CPU, "int8") if r.op == "product" and r.runs]
+    assert dispatch.bind(CPU, "int8").backend == rows[0].backend
+
+
+def test_every_no_has_a_reason_and_every_yes_says_how() -> None:
+    for activations in ACTIVATIONS:
+        rows = dispatch.report(CPU, activations)
+        assert len(rows) == len(OPS) * len(dispatch.BACKENDS)
+        for row in rows:
+            assert row.note
+            assert row.runs == (row.note in ("kernel", "composed of quantize and product"))
+    assert not any(r.runs for r in dispatch.report(CPU, "fp8") if r.backend == "cpu")
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(UnsupportedError, match="activations='int5' is unknown; choose one of int4, int8, fp8, none"):
+        dispatch.bind(CPU, "int5")
+    with pytest.raises(UnsupportedError, match="backend='rocm' is unknown; choose one of cpu, reference"):
+        dispatch.bind(CPU, "int8", backend="rocm")
+
+
+def test_the_error_tells_what_was_tried() -> None:
+    with pytest.raises(UnsupportedError, match="cpu: .*reference: the meta device computes nothing"):
+        dispatch.bind(torch.device("meta"), "int8")
+
+
+@pytest.mark.parametrize(
+    ("capability", "activations"),
+    [((7, 5), "int8"), ((8, 0), "int4"), ((8, 6), "int4"), ((8, 9), "int4"), ((9, 0), "fp8"), ((12, 0), "fp8")],
+)
+def test_default_policy_of_each_gpu(
+    capability: tuple[int, int], activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dispatch.default_activations(torch.device("cuda")) == activations
+
+
+def test_default_policy_of_the_cpu() -> None:
+    assert dispatch.default_activations(CPU) == "int8"
