@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from flux_models import dense_model, inputs, run
 from safetensors.torch import load_file, save_file
 
 from support import DEVICES, relative_error
 from tonfa.errors import CheckpointError, UnsupportedError
+from tonfa.layers.bound import BoundModule
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import W4A16Linear
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
@@ -66,7 +68,25 @@ def test_4_bit_model_equals_the_dense_model_of_its_weights(quantized: SVDQFluxTr
             state[name] = getattr(layer, kind).detach().cpu()
     fused.load_state_dict(state)
     values = inputs(model, 2)
-    assert relative_error(run(model, values), run(fused, values)) < 1e-5
+    assert relative_error(run(model, values), run(fused, values)) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activations", ["int8", "int4"])
+def test_parameters_may_stay_on_the_host_between_blocks(
+    quantized: SVDQFluxTransformer2DModel, activations: str, device: str
+) -> None:
+    """Sequential offloading: parameters come with each call and go after it, packed copies too."""
+    model = copy.deepcopy(quantized).set_activations(activations)
+    values = inputs(model, dtype=torch.bfloat16)
+    expected = run(copy.deepcopy(model).to(device), values)
+    cpu_offload(model, torch.device(device))
+    moved = {name: t.to(device) for name, t in values.items()}
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(model(**moved, return_dict=False)[0].cpu(), expected)
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert not any(m._binding for m in model.modules() if isinstance(m, BoundModule))
 
 
 def test_deterministic_and_batch_equals_singles(quantized: SVDQFluxTransformer2DModel) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from typing import Any
 
@@ -68,14 +69,20 @@ class SharedInput:
 
     def __init__(self, *linears: FusedLinear) -> None:
         self._linears = linears
-        self._packed: tuple[tuple[Binding, ...], Any] | None = None
+        # Weak references: an offloaded linear's weights must not stay on the device for the sake of this comparison.
+        self._packed_for: tuple[weakref.ref[Binding], ...] = ()
+        self._packed: Any | None = None
 
     def _joint(self) -> Any | None:
         """The packed input weights of all linears together, or None if each must quantize for itself."""
         bindings = tuple(linear.binding() for linear in self._linears)
-        if self._packed is None or self._packed[0] != bindings:
-            self._packed = (bindings, self._pack(bindings))
-        return self._packed[1]
+        if tuple(ref() for ref in self._packed_for) != bindings:
+            self._packed = self._pack(bindings)
+            self._packed_for = tuple(weakref.ref(binding) for binding in bindings)
+        return self._packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed_for": (), "_packed": None}
 
     def _pack(self, bindings: tuple[Binding, ...]) -> Any | None:
         inputs = [w for linear in self._linears if (w := linear.input_weights()) is not None]

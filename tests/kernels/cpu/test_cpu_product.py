@@ -101,7 +101,7 @@ def test_product_is_as_exact_as_the_reference(
 @pytest.mark.parametrize("levels", [127, 63])
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "after-gelu"])
 def test_levels_and_shifted_layers(levels: int, unsigned: bool, generator: torch.Generator) -> None:
-    w = random_weights(96, 256, generator=generator, unsigned=unsigned)
+    w = random_weights(200, 256, generator=generator, unsigned=unsigned)
     x = outlier_input(33, 256, generator)
     found = assert_product(x, w, levels)
     weight, bias = w.dense(torch.float64)

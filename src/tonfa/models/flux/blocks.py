@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tonfa.layers.bound import BoundModule
 from tonfa.layers.fused import FusedLinear, SharedInput
 from tonfa.layers.modulation import Modulation
+from tonfa.layers.offload import offloadable
 from tonfa.models.flux.plan import MLP_RATIO
 from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import RMS_NORM_EPS, Rotary
@@ -99,6 +100,7 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(hidden_size, linear)
         self.ff_context = FeedForward(hidden_size, linear)
 
+    @offloadable
     def forward(
         self,
         img: Tensor,  # (B, L_img, hidden)
@@ -135,6 +137,7 @@ class SingleBlock(nn.Module):
         self.ff = FeedForward(hidden_size, linear)
         self._inputs = SharedInput(self.attn.to_qkv, self.ff.up)
 
+    @offloadable
     def forward(
         self,
         x: Tensor,  # (B, L, hidden), text tokens first
