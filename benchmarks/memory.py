@@ -4,7 +4,7 @@
     python benchmarks/memory.py --size 256 --dry-run
 
 Appends one record to results/<device>.jsonl: bytes of the tensors, resident memory after binding, and the peak of the
-process over the whole forward pass. Needs Linux, and about 9 GiB of free memory.
+process over the whole forward pass. Needs Linux, and about 8 GiB of free memory.
 """
 
 from __future__ import annotations
