@@ -134,3 +134,6 @@ def test_what_is_not_supported_says_so() -> None:
         run(fused, {**values, "guidance": torch.ones(1)})
     with pytest.raises(UnsupportedError, match="16-bit weights: save the Diffusers transformer"):
         fused.save_pretrained("nowhere")
+    for method in ("load_lora_adapter", "add_adapter", "from_single_file", "set_attention_backend"):
+        with pytest.raises(UnsupportedError):
+            getattr(fused, method)("something")

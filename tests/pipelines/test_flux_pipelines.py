@@ -155,7 +155,9 @@ def test_a_saved_pipeline_loads_again(quantized: SVDQFluxTransformer2DModel, tmp
     assert torch.equal(generate(loaded, control_image=picture(0)), expected)
 
 
-def test_a_pipeline_takes_a_loaded_transformer(quantized: SVDQFluxTransformer2DModel, tmp_path: Path) -> None:
+def test_a_pipeline_takes_a_loaded_transformer(
+    quantized: SVDQFluxTransformer2DModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     quantized.save_pretrained(tmp_path / "int4")
     FluxControlPipeline(**components(dense_model())).save_pretrained(tmp_path / "pipeline")
     transformer = SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "int4")
@@ -165,6 +167,7 @@ def test_a_pipeline_takes_a_loaded_transformer(quantized: SVDQFluxTransformer2DM
             tmp_path / "pipeline", transformer=transformer, torch_dtype=torch.bfloat16, **NO_TEXT
         )
     assert pipeline.transformer is transformer
+    assert "Expected types" not in caplog.text
     assert generate(pipeline, control_image=picture(0)).isfinite().all()
 
 

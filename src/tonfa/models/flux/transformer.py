@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CacheMixin, ConfigMixin, FluxTransformer2DModel, ModelMixin
+from diffusers import FluxTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
@@ -65,12 +65,12 @@ def _modulation_factory(dense: bool) -> Any:
     return lambda hidden_size, chunks: Modulation(hidden_size, chunks, linear(hidden_size, chunks * hidden_size))
 
 
-class SVDQFluxTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
+class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     """FLUX's transformer, 4-bit by SVDQuant; a Diffusers FLUX pipeline takes it as its `transformer`.
 
     Arguments are those of `diffusers.FluxTransformer2DModel`; `quantization_config` holds what the checkpoint says of
     its weights (rank, group size, recipe). None makes a model with 16-bit weights that runs through the same fused
-    forward pass.
+    forward pass. A subclass for the sake of type checks alone: blocks, forward pass, loading and saving are its own.
     """
 
     # Diffusers writes a component's module into model_index.json and takes the last folder of a longer path for one of
@@ -80,7 +80,8 @@ class SVDQFluxTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
     _supports_gradient_checkpointing = False
     _no_split_modules = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012, Diffusers' own attribute
     _repeated_blocks = ["DoubleBlock", "SingleBlock"]  # noqa: RUF012, Diffusers' own attribute
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]  # noqa: RUF012, Diffusers' own attribute
+    _cp_plan = None
+    _tp_plan = None
 
     @register_to_config
     def __init__(
@@ -98,7 +99,7 @@ class SVDQFluxTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
         axes_dims_rope: Sequence[int] = (16, 56, 56),
         quantization_config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super(FluxTransformer2DModel, self).__init__()  # not the dense blocks
         self.out_channels = out_channels or in_channels
         self.inner_dim = num_attention_heads * attention_head_dim
         if quantization_config is not None and self.inner_dim % GROUP_SIZE:
@@ -241,9 +242,25 @@ class SVDQFluxTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
                 layer.set_activations(activations, backend)
         return self
 
-    def set_attention_backend(self, backend: str) -> None:
+    def set_attention_backend(self, backend: str, *_: Any, **__: Any) -> None:
         """Not offered: the attention belongs to the kernels chosen for the device."""
         raise UnsupportedError(f"attention backend {backend!r}: the attention is chosen with the kernels of the device")
+
+    def load_lora_adapter(self, *_: Any, **__: Any) -> None:
+        """Not offered yet."""
+        raise UnsupportedError("LoRA adapters cannot be loaded into a 4-bit model; merge them before quantizing")
+
+    def add_adapter(self, *_: Any, **__: Any) -> None:
+        """Not offered: the weights are not trained."""
+        raise UnsupportedError("a 4-bit model takes no adapters; train them on the 16-bit model")
+
+    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> None:
+        raise UnsupportedError("IP-Adapters cannot be loaded into a 4-bit model")
+
+    @classmethod
+    def from_single_file(cls, *_: Any, **__: Any) -> None:
+        """Not offered: single files of other tools hold 16-bit weights."""
+        raise UnsupportedError("from_single_file reads no 4-bit checkpoint; use from_pretrained")
 
     # ------------------------------------------------------------------ computing
 
