@@ -112,8 +112,10 @@ def test_mixed_floats_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_integer_dtype_is_no_target(tmp_path: Path) -> None:
+    saved = tensors()
+    native.save(tmp_path / "out", CONFIG, saved)
     with pytest.raises(CheckpointError, match="cannot be loaded as"):
-        native.load(tmp_path, {}, dtype=torch.int8)
+        native.load(tmp_path / "out", spec(saved), dtype=torch.int8)
 
 
 @pytest.mark.parametrize(

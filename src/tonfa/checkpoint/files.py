@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,7 +20,14 @@ from tonfa.errors import CheckpointError
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """Broken connections: an error of the Hub client's HTTP library, whichever this version uses."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PATTERNS = ("config.json", "diffusion_pytorch_model*", "model*.safetensors", "model*.safetensors.index*.json")
+_PATTERNS = (
+    "config.json",
+    "diffusion_pytorch_model*",
+    "model*.safetensors",
+    "model*.safetensors.index*.json",
+    "transformer_blocks.safetensors",
+    "unquantized_layers.safetensors",
+)
 
 
 def _reason(error: Exception, revision: str | None) -> str:
@@ -72,3 +79,38 @@ def resolve(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; expected the folder that holds config.json and the weights")
     return folder
+
+
+def resolve_file(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A local file: `source` itself, or `org/name/path/file.safetensors` brought from the Hub.
+
+    Raises CheckpointError if there is no such file or repository, or if it cannot be fetched.
+    """
+    local = Path(source).expanduser()
+    if local.exists():
+        return local
+    parts = str(source).split("/")
+    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
+    if not isinstance(source, str) or not name or not _HUB_ID.fullmatch(repository):
+        raise CheckpointError(f"{source}: no such file; expected a local file or a Hub file such as org/name/file")
+    try:
+        found = hf_hub_download(
+            repository,
+            name,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except (OSError, HFValidationError, _HTTP_ERROR) as error:
+        raise CheckpointError(f"{source}: {_reason(error, revision)}") from error
+    return Path(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -104,19 +104,42 @@ def save(
         write_json(target / CONFIG, config)
 
 
+class Source(Protocol):
+    """Native tensors by name, from whatever container."""
+
+    def spec(self) -> Spec:
+        """Shapes and dtypes by name."""
+        ...
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """One tensor, read now."""
+        ...
+
+
 def load(
     folder: Path, expected: Spec, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a native folder: see `read`."""
+    return read(TensorFolder(folder), expected, str(folder), device=device, dtype=dtype)
+
+
+def read(
+    source: Source,
+    expected: Spec,
+    where: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint on `device`, floats cast to `dtype` if given, read one at a time.
 
     Before anything is read, names, shapes and dtypes are compared with `expected`. bfloat16, float16 and float32
-    stand for each other, but one checkpoint has one of them.
+    stand for each other, but one checkpoint has one of them. `where` names the checkpoint in errors.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"{folder}: cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
-    source = TensorFolder(folder)
-    check(source.spec(), expected, str(folder))
-    check_one_float(source.spec(), str(folder))
+        raise CheckpointError(f"{where}: cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
+    check(source.spec(), expected, where)
+    check_one_float(source.spec(), where)
     return {name: _placed(source[name], device, dtype) for name in expected}
 
 

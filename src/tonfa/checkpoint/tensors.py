@@ -6,7 +6,7 @@ Nothing else is read: pickles can run code, and are refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,43 +117,24 @@ def _nothing(folder: Path) -> CheckpointError:
     return CheckpointError(reason)
 
 
-class TensorFolder(Mapping[str, Tensor]):
-    """The tensors of a Diffusers model folder, read-only, each read from disk when it is asked for.
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of some safetensors files, read-only, each read from disk when it is asked for.
 
-    Reads `diffusion_pytorch_model` or `model`, sharded or not, and a .bf16 or .fp16 variant where there is no other.
-    Raises CheckpointError for files that are missing, truncated or no safetensors, or that contradict their index.
+    Raises CheckpointError for files that are missing, truncated or no safetensors, or that hold the same tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._handles: dict[str, Any] = {}
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._handles: dict[Path, Any] = {}
+        self._files: dict[str, Path] = {}
         self._spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        index = self._index()
-        for file in sorted(set(index.values())):
-            self._open(file, None if index.keys() == {""} else {n for n, f in index.items() if f == file})
-        self._files = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
-
-    def _index(self) -> dict[str, str]:
-        """Tensors' files; a file alone stands under the empty name."""
-        for stem in _STEMS:
-            for variant in _VARIANTS:
-                index = self.folder / f"{stem}.safetensors.index{variant}.json"
-                single = self.folder / f"{stem}{variant}.safetensors"
-                if index.exists():
-                    return _indexed(index)
-                if single.exists():
-                    return {"": single.name}
-        raise _nothing(self.folder)
-
-    def _open(self, file: str, names: set[str] | None) -> None:
-        path = self.folder / file
-        handle = open_file(path)
-        spec = file_spec(path, handle)
-        wrong = set() if names is None else names ^ spec.keys()
-        if wrong:
-            raise CheckpointError(f"{path}: does not agree with its index about {', '.join(sorted(wrong)[:10])}")
-        self._handles[file] = handle
-        self._spec.update(spec)
+        for path in paths:
+            handle = open_file(path)
+            spec = file_spec(path, handle)
+            for name in spec.keys() & self._spec.keys():
+                raise CheckpointError(f"{path}: {name} stands in {self._files[name].name} too")
+            self._handles[path] = handle
+            self._files |= dict.fromkeys(spec, path)
+            self._spec |= spec
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._handles[self._files[name]].get_tensor(name)
@@ -169,7 +150,43 @@ class TensorFolder(Mapping[str, Tensor]):
         """Shapes and dtypes by name, from the headers."""
         return dict(self._spec)
 
+    def metadata(self) -> dict[str, str]:
+        """The metadata of all files."""
+        return {key: value for handle in self._handles.values() for key, value in (handle.metadata() or {}).items()}
+
     def identity(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of each file: equal for an unchanged folder."""
-        stats = ((file, (self.folder / file).stat()) for file in sorted(self._handles))
-        return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        """Name, size and time of change of each file: equal for unchanged files."""
+        stats = ((path.name, path.stat()) for path in sorted(self._handles))
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+class TensorFolder(TensorFiles):
+    """The tensors of a Diffusers model folder.
+
+    Reads `diffusion_pytorch_model` or `model`, sharded or not, and a .bf16 or .fp16 variant where there is no other.
+    Raises CheckpointError, beside the reasons of TensorFiles, for files that contradict their index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = self._index()
+        super().__init__(folder / file for file in sorted(set(index.values())))
+        if index.keys() != {""}:
+            for file in sorted(set(index.values())):
+                held = {name for name, path in self._files.items() if path.name == file}
+                wrong = held ^ {name for name, listed in index.items() if listed == file}
+                if wrong:
+                    names = ", ".join(sorted(wrong)[:10])
+                    raise CheckpointError(f"{folder / file}: does not agree with its index about {names}")
+
+    def _index(self) -> dict[str, str]:
+        """Tensors' files; a file alone stands under the empty name."""
+        for stem in _STEMS:
+            for variant in _VARIANTS:
+                index = self.folder / f"{stem}.safetensors.index{variant}.json"
+                single = self.folder / f"{stem}{variant}.safetensors"
+                if index.exists():
+                    return _indexed(index)
+                if single.exists():
+                    return {"": single.name}
+        raise _nothing(self.folder)

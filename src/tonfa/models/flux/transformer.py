@@ -24,7 +24,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
-from tonfa.checkpoint import files, native
+from tonfa.checkpoint import native
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.dense import DenseLinear
@@ -32,6 +32,7 @@ from tonfa.layers.fused import FusedLinear
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import Modulation, W4A16Linear
 from tonfa.models.flux.blocks import DoubleBlock, SingleBlock
+from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.plan import FluxDims, flux_plan
 from tonfa.quantize.planned import materialize
 from tonfa.quantize.recipe import DEFAULT_RANK, Recipe
@@ -48,6 +49,19 @@ _RESERVED_LOADING_OPTIONS = {
     "disable_mmap": (None, False),
 }
 """What Diffusers' pipelines pass to a component, with the values that ask for nothing this class lacks."""
+
+
+_LARGEST = {
+    "patch_size": 64,
+    "in_channels": 2**16,
+    "out_channels": 2**16,
+    "num_layers": 1024,
+    "num_single_layers": 1024,
+    "attention_head_dim": 2**12,
+    "num_attention_heads": 2**12,
+    "joint_attention_dim": 2**17,
+    "pooled_projection_dim": 2**17,
+}
 
 
 def _linear_factory(rank: int | None) -> Any:
@@ -138,8 +152,9 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         local_files_only: bool = False,
         **options: Any,
     ) -> SVDQFluxTransformer2DModel:
-        """Load a 4-bit checkpoint from a local folder or a Hub id.
+        """Load a 4-bit checkpoint: a native folder, a Nunchaku folder or single file, local or on the Hub.
 
+        A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository.
         `dtype` (or `torch_dtype`) casts scales and 16-bit weights; None keeps the checkpoint's. `activations` is the
         policy of `set_activations`. Raises CheckpointError, naming file and tensor, for anything that is missing,
         truncated, misshapen or of another kind, and TypeError for unknown options.
@@ -149,7 +164,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
                 raise TypeError(f"{cls.__name__}.from_pretrained has no option {name!r}")
             if value not in _RESERVED_LOADING_OPTIONS[name]:
                 raise UnsupportedError(f"{cls.__name__}.from_pretrained does not support {name}={value!r}")
-        folder = files.resolve(
+        opened = open_checkpoint(
             pretrained_model_name_or_path,
             subfolder=subfolder,
             revision=revision,
@@ -157,14 +172,10 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config = native.read_config(folder)
-        model = cls._on_meta(config)
-        tensors = native.load(
-            folder,
-            {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()},
-            device=device or "cpu",
-            dtype=dtype or torch_dtype,
-        )
+        model = cls._on_meta(opened.config)
+        spec = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+        source = opened.tensors(spec)
+        tensors = native.read(source, spec, opened.where, device=device or "cpu", dtype=dtype or torch_dtype)
         return model._filled(tensors).set_activations(activations)
 
     @classmethod
@@ -220,6 +231,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     def _on_meta(cls, config: Mapping[str, Any]) -> SVDQFluxTransformer2DModel:
         """A model of this configuration without memory for its tensors."""
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+        _check_counts(arguments)
         try:
             with torch.device("meta"):
                 return cls(**arguments)
@@ -318,6 +330,15 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
 
         sample = self.proj_out(self.norm_out(x[:, text_length:], vec))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse absurd sizes before modules are made of them."""
+    for name, largest in _LARGEST.items():
+        value = config.get(name, 1)
+        optional = name == "out_channels" and value is None
+        if not optional and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest):
+            raise CheckpointError(f"config.json: {name} is {value!r}, expected an integer up to {largest}")
 
 
 def _checked(config: Any, **inputs: Tensor | None) -> dict[str, Tensor]:

@@ -1,0 +1,89 @@
+"""Opening a 4-bit FLUX checkpoint of any container: native folder, Nunchaku's legacy folder, Nunchaku's single file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tonfa.checkpoint import files, native
+from tonfa.checkpoint.strict import Spec
+from tonfa.checkpoint.tensors import TensorFiles, TensorFolder, read_json
+from tonfa.errors import CheckpointError
+from tonfa.models.flux.nunchaku import NunchakuTensors, branch_rank
+from tonfa.models.flux.plan import FluxDims
+
+LEGACY_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
+_SINGLE_FILE = (".safetensors", ".sft")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers are read: the configuration, and the tensors once the model's shapes are known."""
+
+    where: str
+    config: Mapping[str, Any]
+    tensors: Callable[[Spec], native.Source]
+    """From the spec of the model's state dict to the tensors by native name."""
+
+
+def open_checkpoint(source: str | Path, **hub: Any) -> Opened:
+    """A local file or folder, a Hub id `org/name`, or a file of a Hub repository `org/name/file.safetensors`.
+
+    `hub` holds `subfolder`, `revision`, `token`, `cache_dir` and `local_files_only`. Raises CheckpointError, naming the
+    file, for whatever is no 4-bit FLUX checkpoint.
+    """
+    if str(source).endswith(_SINGLE_FILE) or Path(source).expanduser().is_file():
+        return _single_file(files.resolve_file(source, **hub))
+    folder = files.resolve(source, **hub)
+    if any((folder / name).exists() for name in LEGACY_FILES):
+        return _legacy_folder(folder)
+    return Opened(str(folder), native.read_config(folder), lambda _: TensorFolder(folder))
+
+
+def _single_file(path: Path) -> Opened:
+    source = TensorFiles([path])
+    metadata = source.metadata()
+    if "config" not in metadata:
+        raise CheckpointError(f"{path}: has no 'config' in its metadata; expected a Nunchaku single-file checkpoint")
+    _check_precision(_object(metadata.get("quantization_config", "{}"), f"{path}: quantization_config"), str(path))
+    return _nunchaku(source, _object(metadata["config"], f"{path}: config"), str(path))
+
+
+def _legacy_folder(folder: Path) -> Opened:
+    return _nunchaku(TensorFiles(folder / n for n in LEGACY_FILES), read_json(folder / "config.json"), str(folder))
+
+
+def _object(text: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{what} in the metadata is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} in the metadata: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _check_precision(quantization: Mapping[str, Any], where: str) -> None:
+    weight = quantization.get("weight")
+    precision = weight.get("dtype") if isinstance(weight, Mapping) else None
+    if precision not in (None, "int4"):
+        raise CheckpointError(f"{where}: weights are {precision!r}; take the INT4 checkpoint (svdq-int4)")
+
+
+def _nunchaku(source: TensorFiles, config: Mapping[str, Any], where: str) -> Opened:
+    made = native.quantization_config(branch_rank(source.spec(), where), {"name": "nunchaku"})
+
+    def tensors(expected: Spec) -> native.Source:
+        heads, size = config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
+        dims = FluxDims(
+            heads * size,
+            config.get("num_layers", 19),
+            config.get("num_single_layers", 38),
+            config.get("guidance_embeds", False),
+        )
+        return NunchakuTensors(source, dims, expected, where)
+
+    return Opened(where, {**config, "quantization_config": made}, tensors)
