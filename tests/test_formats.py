@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tonfa.errors import FormatError
-from tonfa.formats import FORMATS, FP8, INT4, INT8, UINT4, RowInt8
+from tonfa.formats import FORMATS, FP8, INT4, INT8, UINT4
 
 INTEGER_FORMATS = {"int4": (-8, 7), "uint4": (0, 15), "int8": (-128, 127)}
 
@@ -89,7 +91,7 @@ def test_ties_go_to_even() -> None:
 
 
 def test_row_int8_keeps_to_its_levels() -> None:
-    codes, _ = RowInt8(levels=63).quantize(data(8, 256, 1))
+    codes, _ = replace(INT8, largest=63).quantize(data(8, 256, 1))
     assert codes.abs().max() == 63
 
 

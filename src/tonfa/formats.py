@@ -110,47 +110,25 @@ class GroupInt4:
 
 
 @dataclass(frozen=True)
-class RowInt8:
-    """8-bit integers in [-levels, levels], one float32 scale for each row."""
+class RowFormat:
+    """8-bit integers or floats in [-largest, largest], one float32 scale for each row."""
 
-    name: str = "int8"
-    levels: int = 127
-
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, K) float -> codes (M, K) int8, scales (M, 1) float32."""
-        _check_matrix(x, None, self.name)
-        x = x.float()
-        scales = x.abs().amax(dim=1, keepdim=True) * (1.0 / self.levels)
-        reciprocal = torch.where(scales > 0, scales.reciprocal(), 0.0)
-        return (x * reciprocal).round_().clamp_(-self.levels, self.levels).to(torch.int8), scales
-
-    def dequantize(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """codes (M, K), scales (M, 1) -> (M, K) of `dtype`."""
-        return codes.to(dtype) * scales.to(dtype)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """Codes are bytes already."""
-        return codes.view(torch.uint8)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """The inverse of `pack`."""
-        return packed.view(torch.int8)
-
-
-@dataclass(frozen=True)
-class RowFp8:
-    """8-bit floats (e4m3, largest finite value 448), one float32 scale for each row."""
-
-    name: str = "fp8"
-    largest: float = 448.0
+    name: str
+    largest: int
+    code_dtype: torch.dtype
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, K) float -> codes (M, K) float8_e4m3fn, scales (M, 1) float32."""
+        """(M, K) float -> codes (M, K) of `code_dtype`, scales (M, 1) float32.
+
+        scale = absmax * fp32(1 / largest); codes = x / scale, rounded half to even; a row of zeros gets scale 0.
+        """
         _check_matrix(x, None, self.name)
         x = x.float()
         scales = x.abs().amax(dim=1, keepdim=True) * (1.0 / self.largest)
-        reciprocal = torch.where(scales > 0, scales.reciprocal(), 0.0)
-        return (x * reciprocal).clamp_(-self.largest, self.largest).to(torch.float8_e4m3fn), scales
+        values = x * torch.where(scales > 0, scales.reciprocal(), 0.0)
+        if not self.code_dtype.is_floating_point:
+            values = values.round_()
+        return values.clamp_(-self.largest, self.largest).to(self.code_dtype), scales
 
     def dequantize(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """codes (M, K), scales (M, 1) -> (M, K) of `dtype`."""
@@ -162,12 +140,12 @@ class RowFp8:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`."""
-        return packed.view(torch.float8_e4m3fn)
+        return packed.view(self.code_dtype)
 
 
 INT4 = GroupInt4("int4", unsigned=False)
 UINT4 = GroupInt4("uint4", unsigned=True)
-INT8 = RowInt8()
-FP8 = RowFp8()
+INT8 = RowFormat("int8", 127, torch.int8)
+FP8 = RowFormat("fp8", 448, torch.float8_e4m3fn)
 FORMATS: dict[str, Format] = {f.name: f for f in (INT4, UINT4, INT8, FP8)}
 """Every number format by name; the round-trip tests take all of them."""

@@ -23,8 +23,33 @@ def _expect(what: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[tor
         raise FormatError(f"{what}: expected {names} of shape {shape}, got {found} of shape {tuple(tensor.shape)}")
 
 
+class PackedWeights:
+    """What 4-bit weights of either kind have in common: `qweight` (N, K/2) and scales `wscales` (K/G, N)."""
+
+    qweight: Tensor
+    wscales: Tensor
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.qweight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.qweight.shape[1] * 2
+
+    def _check_packed(self, name: str) -> None:
+        if self.qweight.ndim != 2 or self.in_features % GROUP_SIZE:
+            shape = tuple(self.qweight.shape)
+            raise FormatError(f"{name}.qweight: expected (N, K/2) with K a multiple of {GROUP_SIZE}, got shape {shape}")
+        n, k = self.out_features, self.in_features
+        _expect(f"{name}.qweight", self.qweight, (n, k // 2), (torch.uint8,))
+        _expect(f"{name}.wscales", self.wscales, (k // GROUP_SIZE, n), FLOAT_DTYPES)
+
+
 @dataclass(frozen=True)
-class SVDQWeights:
+class SVDQWeights(PackedWeights):
     """One SVDQuant linear, y = Q(x / smooth_factor) (codes * wscales)^T + (x proj_down) proj_up^T + bias.
 
     The activation is divided by `smooth_factor`; `proj_down` holds that division already and reads the raw x.
@@ -41,28 +66,14 @@ class SVDQWeights:
     unsigned: bool = False
 
     @property
-    def out_features(self) -> int:
-        """N."""
-        return self.qweight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.qweight.shape[1] * 2
-
-    @property
     def rank(self) -> int:
         """R, the width of the low-rank branch."""
         return self.proj_down.shape[1]
 
     def check(self, name: str = "SVDQWeights") -> None:
         """Raise FormatError, naming the tensor, unless all shapes and dtypes belong together."""
-        if self.qweight.ndim != 2 or self.in_features % GROUP_SIZE:
-            shape = tuple(self.qweight.shape)
-            raise FormatError(f"{name}.qweight: expected (N, K/2) with K a multiple of {GROUP_SIZE}, got shape {shape}")
+        self._check_packed(name)
         n, k, r = self.out_features, self.in_features, self.proj_down.shape[-1]
-        _expect(f"{name}.qweight", self.qweight, (n, k // 2), (torch.uint8,))
-        _expect(f"{name}.wscales", self.wscales, (k // GROUP_SIZE, n), FLOAT_DTYPES)
         dtypes = (self.wscales.dtype,)
         _expect(f"{name}.smooth_factor", self.smooth_factor, (k,), dtypes)
         _expect(f"{name}.proj_down", self.proj_down, (k, r), dtypes)
@@ -98,7 +109,7 @@ class SVDQWeights:
 
 
 @dataclass(frozen=True)
-class W4A16Weights:
+class W4A16Weights(PackedWeights):
     """A linear with asymmetric 4-bit weights and 16-bit activations: w = code * wscales + wzeros, codes 0..15.
 
     FLUX's modulations are stored so. Rows are in Diffusers' order.
@@ -109,24 +120,10 @@ class W4A16Weights:
     wzeros: Tensor  # (K/G, N) 16-bit
     bias: Tensor  # (N,) 16-bit
 
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.qweight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.qweight.shape[1] * 2
-
     def check(self, name: str = "W4A16Weights") -> None:
         """Raise FormatError, naming the tensor, unless all shapes and dtypes belong together."""
-        if self.qweight.ndim != 2 or self.in_features % GROUP_SIZE:
-            shape = tuple(self.qweight.shape)
-            raise FormatError(f"{name}.qweight: expected (N, K/2) with K a multiple of {GROUP_SIZE}, got shape {shape}")
+        self._check_packed(name)
         n, k = self.out_features, self.in_features
-        _expect(f"{name}.qweight", self.qweight, (n, k // 2), (torch.uint8,))
-        _expect(f"{name}.wscales", self.wscales, (k // GROUP_SIZE, n), FLOAT_DTYPES)
         _expect(f"{name}.wzeros", self.wzeros, (k // GROUP_SIZE, n), (self.wscales.dtype,))
         _expect(f"{name}.bias", self.bias, (n,), (self.wscales.dtype,))
 

@@ -8,10 +8,12 @@ format with one scale for each output channel, so that one integer (or FP8) prod
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from tonfa.formats import FP8, RowInt8
+from tonfa.formats import FP8, INT8
 from tonfa.ops.activation import Activations, QuantizedActivation, activation_format
 from tonfa.weights import SVDQWeights
 
@@ -21,7 +23,7 @@ def widen(w: SVDQWeights, activations: Activations, levels: int = 127) -> tuple[
 
     `levels` bounds the integers of "int8": 63 keeps `torch._int_mm` exact on CPUs without VNNI.
     """
-    number_format = FP8 if activations == "fp8" else RowInt8(levels=levels)
+    number_format = FP8 if activations == "fp8" else replace(INT8, largest=levels)
     return number_format.quantize(w.residual())
 
 

@@ -135,7 +135,7 @@ def reciprocal_or_zero(scale: Any) -> Any:
 
 @njit(error_model="numpy")
 def quantize_row(row: Any, codes: Any) -> Any:
-    """formats.RowInt8 with 127 levels on one row: float32 (K,) -> writes int8 (K,), returns the scale."""
+    """formats.INT8 on one row: float32 (K,) -> writes int8 (K,), returns the scale."""
     top = np.uint32(0)
     for k in range(row.shape[0]):
         top = max(top, magnitude(row[k]))
