@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from tonfa.errors import CheckpointError
 
+_CONFIGS = ("config.json", "comfy_config.json")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -74,7 +75,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if entries and not overwrite:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or ask to overwrite it")
     for entry in entries:
-        known = entry.name == "config.json" or entry.name.endswith((".safetensors", ".safetensors.index.json"))
+        known = entry.name in _CONFIGS or entry.name.endswith((".safetensors", ".safetensors.index.json"))
         if not known or not entry.is_file():
             raise CheckpointError(f"{out}: holds {entry.name!r}, which is no part of a checkpoint; not overwriting it")
 

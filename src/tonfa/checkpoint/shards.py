@@ -54,23 +54,34 @@ def shard_names(count: int) -> list[str]:
     return [f"{STEM}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file, the tensors in order of falling alignment so that each starts aligned."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, spec: Spec | None = None
+) -> None:
+    """Write one safetensors file, the tensors in order of falling alignment so that each starts aligned.
+
+    `metadata` is added to the header. With a `spec`, each tensor is asked for once, when it is written, so that
+    `tensors` may make them then.
+    """
+    if spec is None:
+        spec = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    names = sorted(spec, key=lambda name: (-spec[name][1].itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"{path}: {name}: {dtype_name(tensor.dtype)} cannot be written as safetensors")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        shape, dtype = spec[name]
+        if dtype not in _NAMES:
+            raise CheckpointError(f"{path}: {name}: {dtype_name(dtype)} cannot be written as safetensors")
+        start, end = end, end + nbytes({name: spec[name]})
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            flat = tensors[name].detach().cpu().contiguous().flatten()
+            tensor = tensors[name]
+            if (tuple(tensor.shape), tensor.dtype) != spec[name]:
+                raise CheckpointError(f"{path}: {name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} was made")
+            flat = tensor.detach().cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
 
 

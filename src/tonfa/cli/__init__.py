@@ -1,1 +1,4 @@
-"""The `tonfa` command: `generate`, `quantize`, `doctor`. One file a command; heavy imports happen inside of them."""
+"""The `tonfa` command: `generate`, `quantize`, `inspect`, `convert`, `verify`, `doctor`.
+
+One file a command; heavy imports happen inside of them.
+"""

@@ -6,9 +6,12 @@ from typing import Annotated
 
 import typer
 
+from tonfa.cli.convert import convert
 from tonfa.cli.doctor import doctor
 from tonfa.cli.generate import generate
+from tonfa.cli.inspect import inspect
 from tonfa.cli.quantize import quantize
+from tonfa.cli.verify import verify
 from tonfa.version import __version__
 
 app = typer.Typer(
@@ -38,6 +41,9 @@ def _root(
 
 app.command()(generate)
 app.command()(quantize)
+app.command()(inspect)
+app.command()(convert)
+app.command()(verify)
 app.command()(doctor)
 
 
