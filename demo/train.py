@@ -537,7 +537,8 @@ def main(argv: list[str] | None = None) -> None:
     size = SIZES[args.size]
     parts = (build_transformer(size), *build_text_encoders(size, *tokenizers))
     if args.continue_from is not None:
-        parts = load_parts(args.continue_from)
+        loaded = load_parts(args.continue_from)
+        parts = (loaded[0], *parts[1:]) if args.new_text else loaded
         record["continued_from"] = json.loads((args.continue_from / "training.json").read_text())
     model = TextToVelocity(*parts).to(device).train()
     log(
@@ -582,10 +583,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--long-share", type=float, default=0.15, help="part of the steps with texts of 512 tokens")
+    parser.add_argument("--long-share", type=float, default=0.06, help="part of the steps with texts of 512 tokens")
     parser.add_argument("--distill", type=float, default=0.15, help="part of the flow steps spent on guidance")
     parser.add_argument("--shift", type=float, default=0.5, help="of sigma; the scheduler's is 0.5, more is noisier")
     parser.add_argument("--continue-from", type=Path, help="folder of a trained model to start from")
+    parser.add_argument("--new-text", action="store_true", help="continue with the transformer, not the text encoders")
     parser.add_argument("--scene-seed", type=int, default=TRAIN_SEED)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100)

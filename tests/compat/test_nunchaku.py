@@ -8,18 +8,22 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_flux_nunchaku import TINY, legacy_folder
+from typer.testing import CliRunner
 
-from support import DATA
 from tiny_models import save_tiny_depth_model
+from tonfa.cli.app import app
 from tonfa.compat import nunchaku
 from tonfa.errors import CheckpointError, UnsupportedError
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
 
 
 @pytest.fixture
@@ -120,27 +124,47 @@ image.save("flux.1-depth-dev.png")
 """
 
 
-@pytest.mark.usefixtures("stand_in")
-def test_the_published_script_runs_unchanged_but_for_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny checkpoint of the published writer has the sizes of the bundled pipeline's transformer."""
-    monkeypatch.chdir(tmp_path)
-    photo = tmp_path / "photo.png"
+def run_card(transformer: Path, folder: Path, imported: str) -> np.ndarray:
+    """The card's picture, with local paths for its ids and the CPU for its GPU."""
+    photo = folder / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(photo)
     code = CARD
     for old, new in {
-        "mit-han-lab/svdq-int4-flux.1-depth-dev": str(legacy_folder(tmp_path / "legacy")),
-        "black-forest-labs/FLUX.1-Depth-dev": str(DATA.parent.parent / "demo" / "model"),
-        "LiheYoung/depth-anything-large-hf": str(save_tiny_depth_model(tmp_path / "depth")),
+        "mit-han-lab/svdq-int4-flux.1-depth-dev": str(transformer),
+        "black-forest-labs/FLUX.1-Depth-dev": str(DEMO),
+        "LiheYoung/depth-anything-large-hf": str(save_tiny_depth_model(folder / "depth")),
         "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/robot.png": str(photo),
         '"cuda"': '"cpu"',
         "height=1024, width=1024, num_inference_steps=30": "height=64, width=64, num_inference_steps=2",
+        "from nunchaku.models.transformer_flux import NunchakuFluxTransformer2dModel": imported,
     }.items():
         assert old in code
         code = code.replace(old, new)
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Diffusers deprecates the model card's torch_dtype
-        exec(compile(code, "card", "exec"), {})
-    with Image.open("flux.1-depth-dev.png") as image:
-        picture = np.asarray(image)
+        names: dict[str, Any] = {}
+        exec(compile(code, "card", "exec"), names)
+    return np.asarray(names["image"])
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_published_script_runs_and_conversion_changes_no_pixel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo model, quantized here, as a native folder and written as a Nunchaku legacy folder."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["quantize", str(DEMO), "--out", "native", "--iterations", "0"],
+        ["convert", "native", "legacy", "--to", "nunchaku-folder"],
+        ["convert", "legacy", "back", "--to", "native"],
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    published = "from nunchaku.models.transformer_flux import NunchakuFluxTransformer2dModel"
+    ours = "from tonfa import SVDQFluxTransformer2DModel as NunchakuFluxTransformer2dModel"
+    picture = run_card(tmp_path / "legacy", tmp_path, published)
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 1
+    for folder in ("native", "back"):
+        assert np.array_equal(run_card(tmp_path / folder, tmp_path, ours), picture)

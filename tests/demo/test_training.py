@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from captions import full_captions
-from components import build_tokenizers
+from components import TINY, build_text_encoders, build_tokenizers
 from evaluate import ColorNames, evaluate, image_edges, load_pipeline, make_problems, object_colors
 from muon import orthogonalize
 from scenes import sample_scenes
@@ -40,6 +40,21 @@ def test_tokenizers_spell_unknown_words(tokenizers):
     assert spelled.replace(" ", "") == text.lower().replace(" ", "")
 
 
+def test_t5_tells_the_order_of_words_from_the_start(tokenizers):
+    """As a bag of words it gives a word the same feature in both prompts, and colors cannot be bound to objects."""
+    torch.manual_seed(0)
+    t5 = build_text_encoders(TINY, *tokenizers)[1].eval()
+    tokenizer = tokenizers[1]
+    for length in (SHORT, 512):
+        texts = ["a red cube and a blue cone", "a blue cube and a red cone"]
+        ids = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        with torch.no_grad():
+            first, second = t5(ids).last_hidden_state
+        assert ids[0, 1] == ids[1, 5]  # red
+        assert (first[1] - second[5]).norm() > 0.2 * first[1].norm()
+        assert (first[1] - first[5]).norm() > 0.2 * first[1].norm()
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64)])
 def test_orthogonalize(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -71,6 +86,15 @@ def test_training_gives_a_pipeline(trained):
     assert set(result) == {"ceiling", "model", "control_of_another_scene", "prompt_of_another_scene"}
     assert result["ceiling"]["silhouette_recall"] > 0.9
     assert result["ceiling"]["psnr_to_rendering"] > 60 > result["model"]["psnr_to_rendering"]
+
+
+def test_training_goes_on_with_new_text_encoders(trained, tmp_path):
+    arguments = "--stage flow --size tiny --resolution 64 --scenes 8 --batch 2 --flow-steps 1 --new-text --no-compile"
+    folders = ["--vae", str(trained / "vae"), "--continue-from", str(trained), "--out", str(tmp_path / "model")]
+    main([*arguments.split(), *folders, "--device", "cpu"])
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["flow_steps"] == 1 and record["continued_from"]["flow_steps"] == 2
+    load_pipeline(tmp_path / "model", None, "cpu", torch.bfloat16)
 
 
 def test_parts_restore_the_folder(trained, tmp_path):
