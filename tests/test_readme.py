@@ -107,7 +107,7 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/checkpoint.md"])
 def test_files_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()
-    links = re.findall(r"\]\((?!http)(.*?)\)", text)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!http|#)(.*?)\)", text)]
     paths = re.findall(r"`((?:src|tests|demo|docs)/[\w./-]+\.\w+)`", text)
     if document == "README.md":
         assert len(paths) > 8
