@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tonfa.checkpoint.strict import Spec
+from tonfa.checkpoint.strict import Spec, nbytes
 from tonfa.errors import CheckpointError
 
 STEM = "diffusion_pytorch_model"
@@ -33,6 +33,9 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """Dtypes as the headers of safetensors write them."""
+
+MOST_MAPPED = 2**28
+"""Bytes read through one mapping of a file. What was read stays resident with it, so it is renewed now and then."""
 
 _STEMS = (STEM, "model")
 _VARIANTS = ("", ".bf16", ".fp16")
@@ -124,6 +127,7 @@ class TensorFiles(Mapping[str, Tensor]):
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
+        self._mapped = 0
         self._handles: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
         self._spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -137,8 +141,17 @@ class TensorFiles(Mapping[str, Tensor]):
             self._spec |= spec
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._handles[self._files[name]].get_tensor(name)
+        path = self._files[name]
+        self._mapped += nbytes({name: self._spec[name]})
+        if self._mapped > MOST_MAPPED:
+            self._mapped = 0
+            self._handles[path] = open_file(path)
+        tensor: Tensor = self._handles[path].get_tensor(name)
         return tensor
+
+    def read(self, name: str, device: torch.device | str) -> Tensor:
+        """One tensor on `device`."""
+        return self[name].to(device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spec)

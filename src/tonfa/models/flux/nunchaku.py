@@ -238,8 +238,12 @@ class NunchakuTensors(Mapping[str, Tensor]):
         return entry is not None and entry[0][:1] == (layout.padded(groups, layout.MODULATION_SCALE_ROWS),)
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.read(name, "cpu")
+
+    def read(self, name: str, device: torch.device | str) -> Tensor:
+        """One native tensor on `device`, unpacked there."""
         packed = self._packed[name]
-        return packed.unpack(self._source[packed.name])
+        return packed.unpack(self._source.read(packed.name, device))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)
