@@ -8,9 +8,10 @@ import torch
 from captions import full_captions
 from components import TINY, build_text_encoders, build_tokenizers
 from evaluate import ColorNames, evaluate, image_edges, load_pipeline, make_problems, object_colors
+from flow_training import SHORT
 from muon import orthogonalize
 from scenes import sample_scenes
-from train import SHORT, main, pack_parts
+from train import main, pack_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 
