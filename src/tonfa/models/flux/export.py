@@ -139,9 +139,6 @@ def _native(model: QuantizedFlux) -> _Tensors:
     return _Tensors(model.spec, model.source.__getitem__)
 
 
-# ---------------------------------------------------------------------- Nunchaku
-
-
 def _write_file(model: QuantizedFlux, out: Path, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
         raise CheckpointError(f"{out}: Nunchaku knows a single file by its name; let it end with .safetensors")
@@ -227,9 +224,6 @@ def comfy_config(model: QuantizedFlux) -> dict[str, Any]:
             "vec_in_dim": config["pooled_projection_dim"],
         },
     }
-
-
-# ---------------------------------------------------------------------- dense
 
 
 def _dense(model: QuantizedFlux) -> _Tensors:

@@ -134,8 +134,6 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self.requires_grad_(False)
 
-    # ------------------------------------------------------------------ loading and saving
-
     @classmethod
     def from_pretrained(
         cls,
@@ -242,8 +240,6 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.load_state_dict(tensors, strict=True, assign=True)
         return self.requires_grad_(False).eval()
 
-    # ------------------------------------------------------------------ policy
-
     def set_activations(self, activations: str | None, backend: str | None = None) -> SVDQFluxTransformer2DModel:
         """Choose how activations are quantized ("int4", "int8", "fp8", "none") and, if wanted, the backend.
 
@@ -273,8 +269,6 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     def from_single_file(cls, *_: Any, **__: Any) -> None:
         """Not offered: single files of other tools hold 16-bit weights."""
         raise UnsupportedError("from_single_file reads no 4-bit checkpoint; use from_pretrained")
-
-    # ------------------------------------------------------------------ computing
 
     def forward(
         self,
