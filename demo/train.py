@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     device = args.device
     end = START + args.budget_seconds if args.budget_seconds else None
     torch.backends.cudnn.benchmark = True
-    # Flash attention for the transformer, plain matrix products for the masked attention of the text encoders: the
-    # memory-efficient kernel's backward fails on the T5 bias (illegal memory access with torch 2.11, 512 tokens).
+    # Flash attention for the transformer, plain matrix products for the masked attention of the text encoders: with
+    # these two kernels allowed, the backward at 512 tokens ended in an illegal memory access (torch 2.11, H200).
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high")

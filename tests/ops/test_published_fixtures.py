@@ -44,7 +44,7 @@ def assert_codes_agree(found: Tensor, expected: Tensor) -> None:
     """All but ties are equal: the engine divides by an approximate reciprocal."""
     difference = (found.int() - expected.int()).abs()
     assert difference.max() <= 1
-    assert (difference == 0).float().mean() >= 0.999
+    assert (difference == 0).float().mean() >= 0.9999
 
 
 @pytest.mark.parametrize("name", ["w4a4_128x128_r32", "w4a4_256x192_r32"])
