@@ -133,6 +133,8 @@ NAME = "single_transformer_blocks.1.mlp_fc2.wscales"
         (lambda t: t.update({NAME.replace("wscales", "lora_up"): torch.zeros(256, 16).bfloat16()}), "another shape"),
         (lambda t: t.update({NAME.replace("wscales", "lora_down"): torch.zeros(1024, 16).bfloat16()}), "ranks"),
         (lambda t: [t.pop(n) for n in list(t) if "lora" in n], "no low-rank branches"),
+        (lambda t: t[NAME].view(-1)[7].fill_(float("nan")), r"ff\.down\.wscales holds NaN or Inf"),
+        (lambda t: t["proj_out.weight"].view(-1)[7].fill_(float("inf")), r"proj_out\.weight holds NaN or Inf"),
     ],
 )
 def test_wrong_tensors_are_refused_by_name(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tonfa.checkpoint.shards import (
     write_index,
     write_tensors,
 )
-from tonfa.checkpoint.strict import Spec, check, check_one_float
+from tonfa.checkpoint.strict import Spec, check, check_one_float, dtype_name
 from tonfa.checkpoint.tensors import TensorFolder, read_json
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
@@ -153,4 +153,7 @@ def read(
     }
     for name, tensor in loaded.items():
         tensor.copy_(source.read(name, device))
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            kind = dtype_name(tensor.dtype)
+            raise CheckpointError(f"{where}: {name} holds NaN or Inf as {kind}; `tonfa verify` tells if the file does")
     return loaded
