@@ -5,19 +5,42 @@ from __future__ import annotations
 import string
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Eight times smaller latents of 16 channels, as FLUX's, with random weights."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX's: dynamic shifting."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
 
 
 def save_tiny_pipeline(folder: Path, *, control: bool = True, guidance: bool = True) -> Path:
     """FLUX.1-Depth's parts, or FLUX.1-dev's: 1 + 1 blocks of 128 channels, tokenizers of single characters."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        FluxControlPipeline,
-        FluxPipeline,
-        FluxTransformer2DModel,
-    )
+    from diffusers import FluxControlPipeline, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
     torch.manual_seed(0)
@@ -40,18 +63,6 @@ def save_tiny_pipeline(folder: Path, *, control: bool = True, guidance: bool = T
     text_encoder_2 = T5EncoderModel(
         T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=32, d_ff=32, num_layers=1, num_heads=1)
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     transformer = FluxTransformer2DModel(
         in_channels=128 if control else 64,
         out_channels=64,
@@ -65,8 +76,8 @@ def save_tiny_pipeline(folder: Path, *, control: bool = True, guidance: bool = T
         axes_dims_rope=(16, 56, 56),
     )
     pipeline = (FluxControlPipeline if control else FluxPipeline)(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
-        vae=vae,
+        scheduler=flux_scheduler(),
+        vae=tiny_vae(),
         text_encoder=text_encoder,
         tokenizer=clip_tokenizer,
         text_encoder_2=text_encoder_2,

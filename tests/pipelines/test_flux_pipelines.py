@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxControlPipeline,
@@ -24,6 +22,7 @@ from flux_models import VARIANTS, dense_model
 from PIL import Image
 
 from support import DEVICES, relative_error
+from tiny_models import flux_scheduler, tiny_vae
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.quantize.recipe import Recipe
 
@@ -36,27 +35,9 @@ def picture(seed: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(pixels).convert(mode)
 
 
-def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
 def components(transformer: torch.nn.Module) -> dict[str, Any]:
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
-    return {"vae": vae(), "scheduler": scheduler, "transformer": transformer, **NO_TEXT}
+    torch.manual_seed(0)
+    return {"vae": tiny_vae(), "scheduler": flux_scheduler(), "transformer": transformer, **NO_TEXT}
 
 
 def controlnet() -> FluxControlNetModel:
