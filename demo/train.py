@@ -49,6 +49,10 @@ def save_pipeline(
         tokenizer_2=tokenizers[1],
         transformer=copies["transformer"],
     ).save_pretrained(out)
+    for config in out.glob("*/config.json"):  # loaded parts remember the folder that they came from
+        fields = json.loads(config.read_text())
+        fields.pop("_name_or_path", None)
+        config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     total = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     log(f"saved {out}: {total / 1e6:.2f} MB")
 
@@ -174,8 +178,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--long-share", type=float, default=0.06, help="part of the steps with texts of 512 tokens")
-    parser.add_argument("--distill", type=float, default=0.15, help="part of the flow steps spent on guidance")
-    parser.add_argument("--shift", type=float, default=0.5, help="of sigma; the scheduler's is 0.5, more is noisier")
+    parser.add_argument("--distill", type=float, default=0.1, help="part of the flow steps spent on guidance")
+    parser.add_argument("--shift", type=float, default=1.0, help="of sigma; the scheduler's is 0.5, more is noisier")
     parser.add_argument("--continue-from", type=Path, help="folder of a trained model to start from")
     parser.add_argument("--new-text", action="store_true", help="continue with the transformer, not the text encoders")
     parser.add_argument("--scene-seed", type=int, default=TRAIN_SEED)
