@@ -165,7 +165,11 @@ def test_interrupted_then_repeated(
 def test_control_c_in_a_real_run(depth_pipeline: Path, tmp_path: Path) -> None:
     arguments = ["quantize", str(depth_pipeline), "--out", str(tmp_path / "q"), "--iterations", "1000000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tonfa.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tonfa.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     )
     try:
         deadline = time.monotonic() + 120
