@@ -36,6 +36,7 @@ from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.plan import FluxDims, flux_plan
 from tonfa.quantize.planned import materialize
 from tonfa.quantize.recipe import DEFAULT_RANK, Recipe
+from tonfa.runtime.graphs import Graphs
 
 _RESERVED_LOADING_OPTIONS = {
     "device_map": (None,),
@@ -133,6 +134,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self.requires_grad_(False)
+        self._graphs = Graphs()
 
     @classmethod
     def from_pretrained(
@@ -250,6 +252,15 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
                 layer.set_activations(activations, backend)
         return self
 
+    def set_cuda_graphs(self, enabled: bool) -> SVDQFluxTransformer2DModel:
+        """Whether repeated steps of one shape run as CUDA graphs (the default on a GPU). Returns the model.
+
+        A graph keeps the memory of one step's intermediate results for each of the last few shapes.
+        """
+        self._graphs.enabled = enabled
+        self._graphs.clear()
+        return self
+
     def set_attention_backend(self, backend: str, *_: Any, **__: Any) -> None:
         """Not offered: the attention belongs to the kernels chosen for the device."""
         raise UnsupportedError(f"attention backend {backend!r}: the attention is chosen with the kernels of the device")
@@ -301,6 +312,25 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             guidance=guidance,
         )
         mask = _attention_mask(joint_attention_kwargs)
+        if mask is not None:
+            inputs["mask"] = mask
+        if controlnet_block_samples is None and controlnet_single_block_samples is None:
+            sample = self._graphs.run(self, self._velocity, inputs)
+        else:
+            sample = self._velocity(
+                inputs, controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
+            )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _velocity(
+        self,
+        inputs: Mapping[str, Tensor],
+        double_samples: Sequence[Tensor] | None = None,
+        single_samples: Sequence[Tensor] | None = None,
+        repeat: bool = False,
+    ) -> Tensor:
+        """The forward pass on checked inputs, with ControlNet's samples added after the blocks."""
+        mask = inputs.get("mask")
         img = self.x_embedder(inputs["hidden_states"])
         txt = self.context_embedder(inputs["encoder_hidden_states"])
         conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
@@ -309,21 +339,21 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
 
         for i, block in enumerate(self.transformer_blocks):
             img, txt = block(img, txt, vec, rotary, mask)
-            if controlnet_block_samples is not None:
-                count = len(controlnet_block_samples)
+            if double_samples is not None:
+                count = len(double_samples)
                 stride = math.ceil(len(self.transformer_blocks) / count)
-                img = img + controlnet_block_samples[i % count if controlnet_blocks_repeat else i // stride]
+                img = img + double_samples[i % count if repeat else i // stride]
 
         text_length = txt.shape[1]
         x = torch.cat((txt, img), dim=1)
         for i, block in enumerate(self.single_transformer_blocks):
             x = block(x, vec, rotary, mask)
-            if controlnet_single_block_samples is not None:
-                stride = math.ceil(len(self.single_transformer_blocks) / len(controlnet_single_block_samples))
-                x[:, text_length:] += controlnet_single_block_samples[i // stride]
+            if single_samples is not None:
+                stride = math.ceil(len(self.single_transformer_blocks) / len(single_samples))
+                x[:, text_length:] += single_samples[i // stride]
 
-        sample = self.proj_out(self.norm_out(x[:, text_length:], vec))
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        velocity: Tensor = self.proj_out(self.norm_out(x[:, text_length:], vec))
+        return velocity
 
 
 def _check_counts(config: Mapping[str, Any]) -> None:
