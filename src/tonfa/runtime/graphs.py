@@ -71,7 +71,6 @@ class Graphs:
         """Forget all graphs and free their memory."""
         with self._lock:
             self._seen.clear()
-            self._pool = None
 
     def run(self, module: nn.Module, compute: Compute, inputs: Inputs) -> Tensor:
         """compute(inputs), by replaying a graph where one can be recorded."""
@@ -101,8 +100,8 @@ class Graphs:
     def _record(self, module: nn.Module, compute: Compute, inputs: Inputs) -> _Recorded | Literal["refused"]:
         if any(hasattr(m, "_hf_hook") for m in module.modules() if m is not module):
             return self._refuse("offloading hooks move the weights in the middle of a step")
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if not any(isinstance(state, _Recorded) for state in self._seen.values()):
+            self._pool = torch.cuda.graph_pool_handle()  # a pool goes with its last graph
         try:
             return _Recorded(module, compute, inputs, self._pool)
         except RuntimeError as error:
