@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tonfa.cli.failures import Debug, command
+from tonfa.errors import printable
 
 NAMED = 3
 """Tensors that an oddity names."""
@@ -55,14 +56,14 @@ def _print(facts: dict[str, Any]) -> None:
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     dialect = f", {facts['dialect']} names" if facts["container"].startswith("nunchaku") else ""
-    console.print(f"{facts['path']}\n{_CONTAINERS[facts['container']]}{dialect}")
+    console.print(f"{printable(facts['path'])}\n{_CONTAINERS[facts['container']]}{dialect}")
     if facts["precision"] is not None:
         console.print(f"{facts['precision']}, rank {facts['rank']}, groups of {facts['group_size']}, {facts['dtype']}")
     else:
         console.print(facts["dtype"])
     console.print()
     for name, value in facts["architecture"].items():
-        console.print(f"{name:22} {value}")
+        console.print(printable(f"{name:22} {value}"))
     console.print()
     table = Table("kind", "tensors", "size", box=None, pad_edge=False, header_style="bold")
     for kind, entry in facts["kinds"].items():

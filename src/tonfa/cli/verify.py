@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tonfa.cli.failures import FAILED, Debug, command
+from tonfa.errors import printable
 
 WORST = 10
 """Linears and problems that the text names; JSON has all."""
@@ -61,4 +62,4 @@ def _print(report: dict[str, Any]) -> None:
     for name, error in list(report["errors"].items())[:WORST]:
         print(f"  {'not finite' if error is None else f'{error:.4f}'}  {name}")
     verdict = "sound" if report["ok"] else f"{len(report['problems'])} problems"
-    print(f"{report['path']}: {report['tensors']} tensors, {verdict}")
+    print(f"{printable(report['path'])}: {report['tensors']} tensors, {verdict}")
