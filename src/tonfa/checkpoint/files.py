@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tonfa.checkpoint.reading import exists
+from tonfa.checkpoint.reading import exists, local_path
 from tonfa.errors import CheckpointError
 
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -41,14 +41,6 @@ def _reason(error: Exception, revision: str | None) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         return "there is no such local folder, the Hub cannot be reached, and the local cache does not hold it"
     return f"the download failed: {error}"
-
-
-def local_path(source: str | Path) -> Path:
-    """`source` as a path, with `~` for the home folder."""
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # ~name without such a user
-        return Path(source)
 
 
 def resolve(

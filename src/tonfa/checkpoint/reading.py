@@ -13,6 +13,14 @@ MOST_JSON = 2**22
 """Bytes of JSON. The index of FLUX's 2,604 tensors has 0.3 MB; JSON of nothing but `[]` takes 20 times as much."""
 
 
+def local_path(source: str | Path) -> Path:
+    """`source` as a path, with `~` for the home folder."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # ~name without such a user
+        return Path(source)
+
+
 def present(path: Path) -> bool:
     """Whether there is such an entry, be it a link that leads nowhere: opening it then says so."""
     try:

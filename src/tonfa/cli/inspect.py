@@ -39,9 +39,10 @@ def inspect(
     from tonfa.cli.pipeline import quieten_libraries
 
     quieten_libraries()
+    from tonfa.checkpoint.reading import local_path
     from tonfa.models.flux.audit import inspect_checkpoint
 
-    facts = inspect_checkpoint(path.expanduser())
+    facts = inspect_checkpoint(local_path(path))
     if as_json:
         print(json.dumps(facts, indent=2))
     else:

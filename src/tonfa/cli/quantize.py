@@ -99,11 +99,12 @@ def quantize(
 def find_transformer(model: str, subfolder: str) -> Path:
     """The local folder of the transformer: in a pipeline's folder, the folder itself, or downloaded."""
     from tonfa.checkpoint.files import resolve
+    from tonfa.checkpoint.reading import exists, local_path
 
-    local = Path(model).expanduser()
-    if local.is_dir():
+    local = local_path(model)
+    if exists(local) and local.is_dir():
         return local / subfolder if (local / subfolder).is_dir() else local
-    if local.exists() or model.strip("/").count("/") != 1:
+    if exists(local) or model.strip("/").count("/") != 1:
         raise CheckpointError(f"MODEL: {model} is no folder here, nor a Hub id such as org/name")
     return resolve(model, subfolder=subfolder or None)
 

@@ -35,6 +35,7 @@ def verify(
     from tonfa.cli.pipeline import quieten_libraries
 
     quieten_libraries()
+    from tonfa.checkpoint.reading import local_path
     from tonfa.cli.quantize import find_transformer, read_flux_config
     from tonfa.models.flux.audit import verify_checkpoint
 
@@ -42,7 +43,7 @@ def verify(
     if against is not None:
         dense = find_transformer(against, "transformer")
         read_flux_config(dense)
-    report = verify_checkpoint(path.expanduser(), dense)
+    report = verify_checkpoint(local_path(path), dense)
     if as_json:
         print(json.dumps(report, indent=2))
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tonfa.checkpoint import files, native
-from tonfa.checkpoint.reading import exists, parse_object, present, read_json
+from tonfa.checkpoint.reading import exists, local_path, parse_object, present, read_json
 from tonfa.checkpoint.strict import Spec
 from tonfa.checkpoint.tensors import TensorFiles, TensorFolder
 from tonfa.errors import CheckpointError
@@ -37,7 +37,7 @@ def open_checkpoint(source: str | Path, **hub: Any) -> Opened:
     `hub` holds `subfolder`, `revision`, `token`, `cache_dir` and `local_files_only`. Raises CheckpointError, naming the
     file, for whatever is no 4-bit FLUX checkpoint.
     """
-    local = files.local_path(source)
+    local = local_path(source)
     if str(source).endswith(_SINGLE_FILE) or (exists(local) and local.is_file()):
         return _single_file(files.resolve_file(source, **hub))
     folder = files.resolve(source, **hub)
