@@ -107,3 +107,11 @@ def test_broken_connections_are_explained(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(files, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match="the download failed: connection reset"):
         files.resolve("org/name")
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "~nobody-of-this-name/x", "nul\0", "org/name/nul\0.safetensors"])
+def test_names_that_the_system_refuses(source: str) -> None:
+    with pytest.raises(CheckpointError, match="no such|neither|cannot be reached|download failed"):
+        files.resolve(source)
+    with pytest.raises(CheckpointError, match="no such|neither|cannot be reached|download failed"):
+        files.resolve_file(source)

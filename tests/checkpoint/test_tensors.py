@@ -90,6 +90,20 @@ def test_paths_out_of_the_folder_are_refused(tmp_path: Path, file: object) -> No
         TensorFolder(tmp_path)
 
 
+def test_a_nameless_tensor_does_not_stand_for_a_whole_file(tmp_path: Path) -> None:
+    write_sharded(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"": "x-1.safetensors"}}))
+    with pytest.raises(CheckpointError, match="a tensor without a name"):
+        TensorFolder(tmp_path)
+
+
+def test_an_index_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / ONE)
+    (tmp_path / INDEX).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"index\.json: is a link to nowhere, which does not exist"):
+        TensorFolder(tmp_path)
+
+
 @pytest.mark.parametrize("weight_map", [{"b": None}, {"extra": "x-2.safetensors"}], ids=["unlisted", "absent"])
 def test_index_and_shards_have_to_agree(tmp_path: Path, weight_map: dict[str, str | None]) -> None:
     merged = {k: v for k, v in {**write_sharded(tmp_path), **weight_map}.items() if v is not None}

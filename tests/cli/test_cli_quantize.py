@@ -79,7 +79,7 @@ def test_existing_folder(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
         ("vae", "no FLUX model: .* is of class AutoencoderKL, expected FluxTransformer2DModel"),
         ("int4", "quantized already"),
         ("no-weights", "no diffusion_pytorch_model.safetensors"),
-        ("broken-config", "cannot be read as JSON"),
+        ("broken-config", "is no JSON"),
         ("no-heads", "num_attention_heads is 'many', expected a count"),
         ("unknown-key", "describes no FLUX transformer: .*surprise"),
         ("wrong-config", "tensors do not fit the model"),

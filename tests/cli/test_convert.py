@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flux_models import dense_model, inputs, run
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tonfa import SVDQFluxTransformer2DModel
 from tonfa.quantize.recipe import Recipe
@@ -122,3 +122,16 @@ def test_float32_is_not_nunchakus(tonfa, tmp_path: Path) -> None:
     result = tonfa("convert", tmp_path / "q", tmp_path / "a.safetensors", "--to", "nunchaku")
     assert result.exit_code == 1 and "float32" in result.stderr
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_values_that_cannot_be_computed_with_are_not_passed_on(tonfa, native: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "config.json").write_bytes((native / "config.json").read_bytes())
+    for name, value in (("proj_out.weight", float("nan")), ("transformer_blocks.0.ff.up.smooth_factor", 0.0)):
+        tensors = load_file(native / DENSE)
+        tensors[name].view(-1)[3] = value
+        save_file(tensors, tmp_path / "q" / DENSE)
+        for form, out in (("native", "a"), ("dense", "b"), ("nunchaku-folder", "c"), ("nunchaku", "d.safetensors")):
+            result = tonfa("convert", tmp_path / "q", tmp_path / out, "--to", form)
+            assert result.exit_code == 1 and f"{name}: 1 of " in result.stderr, result.output
+            assert not (tmp_path / out).exists()

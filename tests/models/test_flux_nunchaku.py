@@ -133,8 +133,11 @@ NAME = "single_transformer_blocks.1.mlp_fc2.wscales"
         (lambda t: t.update({NAME.replace("wscales", "lora_up"): torch.zeros(256, 16).bfloat16()}), "another shape"),
         (lambda t: t.update({NAME.replace("wscales", "lora_down"): torch.zeros(1024, 16).bfloat16()}), "ranks"),
         (lambda t: [t.pop(n) for n in list(t) if "lora" in n], "no low-rank branches"),
-        (lambda t: t[NAME].view(-1)[7].fill_(float("nan")), r"ff\.down\.wscales holds NaN or Inf"),
-        (lambda t: t["proj_out.weight"].view(-1)[7].fill_(float("inf")), r"proj_out\.weight holds NaN or Inf"),
+        (lambda t: t[NAME].view(-1)[7].fill_(float("nan")), r"ff\.down\.wscales: 1 of 4096 values are not finite"),
+        (
+            lambda t: t["proj_out.weight"].view(-1)[7].fill_(float("inf")),
+            r"proj_out\.weight: 1 of 16384 values are",
+        ),
     ],
 )
 def test_wrong_tensors_are_refused_by_name(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:
@@ -153,10 +156,20 @@ def test_wrong_tensors_are_refused_by_name(change: Callable[[dict], object], mes
         ({"config": "[1]"}, "expected a JSON object, got list"),
         ({"config": '{"num_layers": -1}'}, "num_layers is -1"),
         ({"config": '{"num_layers": 1e9}'}, "num_layers is"),
-        ({"config": '{"num_layers": 99999999999}'}, "expected an integer up to 1024"),
+        ({"config": '{"num_layers": 99999999999}'}, "expected an integer of 0 to 256"),
         ({"config": '{"num_layers": 2, "surprise": 1}'}, "surprise"),
         ({"quantization_config": '{"weight": {"dtype": "fp4_e2m1_all"}}'}, "take the INT4 checkpoint"),
+        ({"config": '{"a":' * 10_000}, "nested too deeply"),
+        ({"config": '{"guidance_embeds": "false"}'}, "guidance_embeds is 'false'"),
+        ({"config": '{"axes_dims_rope": [16, 56, 58]}'}, "even sizes whose sum is the head's, 128"),
         ({"quantization_config": "nonsense"}, "no JSON"),
+        ({"quantization_config": '{"weight": "int4"}'}, "weight in quantization_config is 'int4'"),
+        (
+            {"quantization_config": '{"weight": {"dtype": "int4", "group_size": 128}}'},
+            "group_size .* is 128, expected 64",
+        ),
+        ({"quantization_config": '{"rank": 64}'}, "rank in quantization_config is 64, expected 32"),
+        ({"quantization_config": '{"method": "awq"}'}, "method .* is 'awq', expected 'svdquant'"),
     ],
 )
 def test_wrong_metadata_is_refused(change: dict[str, str | None], message: str, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from tonfa.checkpoint.reading import exists, local_path
 from tonfa.errors import CheckpointError
 
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -57,8 +57,8 @@ def resolve(
     Of a repository only the configuration and the safetensors of the one folder are downloaded. Raises
     CheckpointError if there is no such folder or repository, or if it cannot be fetched.
     """
-    local = Path(source).expanduser()
-    if not local.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+    local = local_path(source)
+    if not exists(local) and isinstance(source, str) and _HUB_ID.fullmatch(source):
         prefix = "" if subfolder is None else f"{subfolder.strip('/')}/"
         try:
             snapshot = snapshot_download(
@@ -70,11 +70,11 @@ def resolve(
                 allow_patterns=[prefix + pattern for pattern in _PATTERNS],
                 ignore_patterns=["*.bin", "*.bin.index*"],
             )
-        except (OSError, HFValidationError, _HTTP_ERROR) as error:
+        except (OSError, ValueError, _HTTP_ERROR) as error:
             raise CheckpointError(f"{source}: {_reason(error, revision)}") from error
         local = Path(snapshot)
     folder = local if subfolder is None else local / subfolder
-    if not folder.exists():
+    if not exists(folder):
         raise CheckpointError(f"{folder}: no such folder; expected a local folder or a Hub id such as org/name")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; expected the folder that holds config.json and the weights")
@@ -94,8 +94,8 @@ def resolve_file(
 
     Raises CheckpointError if there is no such file or repository, or if it cannot be fetched.
     """
-    local = Path(source).expanduser()
-    if local.exists():
+    local = local_path(source)
+    if exists(local):
         return local
     parts = str(source).split("/")
     repository, name = "/".join(parts[:2]), "/".join(parts[2:])
@@ -111,6 +111,6 @@ def resolve_file(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-    except (OSError, HFValidationError, _HTTP_ERROR) as error:
+    except (OSError, ValueError, _HTTP_ERROR) as error:
         raise CheckpointError(f"{source}: {_reason(error, revision)}") from error
     return Path(found)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tonfa.checkpoint.atomic import new_folder, write_json
+from tonfa.checkpoint.reading import read_json
 from tonfa.checkpoint.shards import (
     DEFAULT_SHARD_SIZE,
     group_by_size,
@@ -24,8 +25,9 @@ from tonfa.checkpoint.shards import (
     write_index,
     write_tensors,
 )
-from tonfa.checkpoint.strict import Spec, check, check_one_float, dtype_name
-from tonfa.checkpoint.tensors import TensorFolder, read_json
+from tonfa.checkpoint.strict import Spec, check, check_one_float
+from tonfa.checkpoint.tensors import TensorFolder
+from tonfa.checkpoint.values import check_values
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.weights import FLOAT_DTYPES
@@ -63,7 +65,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     method, version, rank = (found.get(key) for key in ("quant_method", "format_version", "rank"))
     if method != METHOD:
         raise CheckpointError(f"{where}: quantized by {method!r}; only {METHOD!r} checkpoints are read here")
-    if version != VERSION:
+    if version != VERSION or isinstance(version, bool):
         raise CheckpointError(f"{where}: format version {version!r}, this tonfa reads {VERSION}; upgrade tonfa")
     for key, expected in (("precision", PRECISION), ("group_size", GROUP_SIZE)):
         if found.get(key) != expected:
@@ -153,7 +155,5 @@ def read(
     }
     for name, tensor in loaded.items():
         tensor.copy_(source.read(name, device))
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            kind = dtype_name(tensor.dtype)
-            raise CheckpointError(f"{where}: {name} holds NaN or Inf as {kind}; `tonfa verify` tells if the file does")
+        check_values(name, tensor, where)
     return loaded

@@ -14,6 +14,7 @@ Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of tensors by name."""
 
 _LISTED = 10
+_LONGEST = 300
 
 
 def nbytes(spec: Spec) -> int:
@@ -32,7 +33,7 @@ def _fits(found: torch.dtype, expected: torch.dtype) -> bool:
 
 def _line(kind: str, names: Iterable[str]) -> list[str]:
     """One line of the message, or none."""
-    names = sorted(names)
+    names = sorted(name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names)
     if not names:
         return []
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -5,7 +5,6 @@ Nothing else is read: pickles can run code, and are refused by name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tonfa.checkpoint.reading import check_regular, present, read_json
 from tonfa.checkpoint.strict import Spec, nbytes
 from tonfa.errors import CheckpointError
 
@@ -49,8 +49,11 @@ _KINDS = {
 
 def _kind(path: Path) -> str:
     """What an unreadable file is instead, as far as its first bytes tell."""
-    with path.open("rb") as file:
-        start = file.read(32)
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
     for magic, kind in _KINDS.items():
         if start.startswith(magic):
             return f"is {kind}"
@@ -59,16 +62,13 @@ def _kind(path: Path) -> str:
 
 def open_file(path: Path) -> Any:
     """An open safetensors file: keys(), get_slice(), get_tensor(). Raises CheckpointError if it is none."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no file")
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {_kind(path)}; a whole safetensors file is needed ({error})") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, MemoryError) as error:  # a file larger than the address space cannot be mapped
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def file_spec(path: Path, handle: Any) -> Spec:
@@ -82,25 +82,14 @@ def file_spec(path: Path, handle: Any) -> Spec:
     return spec
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError if the file is missing or holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _indexed(path: Path) -> dict[str, str]:
     """Tensor names and the names of their files, from an index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map; the index is damaged")
     for name, file in weight_map.items():
+        if not name:
+            raise CheckpointError(f"{path}: lists a tensor without a name; the index is damaged")
         if not isinstance(file, str) or not file.endswith(".safetensors") or any(c in file for c in "/\\:"):
             raise CheckpointError(f"{path}: {name} is in {file!r}, which is no safetensors file of this folder")
     return weight_map
@@ -146,7 +135,10 @@ class TensorFiles(Mapping[str, Tensor]):
         if self._mapped > MOST_MAPPED:
             self._mapped = 0
             self._handles[path] = open_file(path)
-        tensor: Tensor = self._handles[path].get_tensor(name)
+        try:
+            tensor: Tensor = self._handles[path].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
         return tensor
 
     def read(self, name: str, device: torch.device | str) -> Tensor:
@@ -198,8 +190,8 @@ class TensorFolder(TensorFiles):
             for variant in _VARIANTS:
                 index = self.folder / f"{stem}.safetensors.index{variant}.json"
                 single = self.folder / f"{stem}{variant}.safetensors"
-                if index.exists():
+                if present(index):
                     return _indexed(index)
-                if single.exists():
+                if present(single):
                     return {"": single.name}
         raise _nothing(self.folder)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tonfa.cli.failures import Debug, command
+from tonfa.errors import printable
 
 NAMED = 3
 """Tensors that an oddity names."""
@@ -38,9 +39,10 @@ def inspect(
     from tonfa.cli.pipeline import quieten_libraries
 
     quieten_libraries()
+    from tonfa.checkpoint.reading import local_path
     from tonfa.models.flux.audit import inspect_checkpoint
 
-    facts = inspect_checkpoint(path.expanduser())
+    facts = inspect_checkpoint(local_path(path))
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -55,14 +57,14 @@ def _print(facts: dict[str, Any]) -> None:
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     dialect = f", {facts['dialect']} names" if facts["container"].startswith("nunchaku") else ""
-    console.print(f"{facts['path']}\n{_CONTAINERS[facts['container']]}{dialect}")
+    console.print(f"{printable(facts['path'])}\n{_CONTAINERS[facts['container']]}{dialect}")
     if facts["precision"] is not None:
         console.print(f"{facts['precision']}, rank {facts['rank']}, groups of {facts['group_size']}, {facts['dtype']}")
     else:
         console.print(facts["dtype"])
     console.print()
     for name, value in facts["architecture"].items():
-        console.print(f"{name:22} {value}")
+        console.print(printable(f"{name:22} {value}"))
     console.print()
     table = Table("kind", "tensors", "size", box=None, pad_edge=False, header_style="bold")
     for kind, entry in facts["kinds"].items():

@@ -99,18 +99,19 @@ def quantize(
 def find_transformer(model: str, subfolder: str) -> Path:
     """The local folder of the transformer: in a pipeline's folder, the folder itself, or downloaded."""
     from tonfa.checkpoint.files import resolve
+    from tonfa.checkpoint.reading import exists, local_path
 
-    local = Path(model).expanduser()
-    if local.is_dir():
+    local = local_path(model)
+    if exists(local) and local.is_dir():
         return local / subfolder if (local / subfolder).is_dir() else local
-    if local.exists() or model.strip("/").count("/") != 1:
+    if exists(local) or model.strip("/").count("/") != 1:
         raise CheckpointError(f"MODEL: {model} is no folder here, nor a Hub id such as org/name")
     return resolve(model, subfolder=subfolder or None)
 
 
 def read_flux_config(folder: Path) -> dict[str, Any]:
     """The configuration of a 16-bit FLUX transformer. Raises CheckpointError for any other model."""
-    from tonfa.checkpoint.tensors import read_json
+    from tonfa.checkpoint.reading import read_json
 
     path = folder / "config.json"
     if not path.is_file():
@@ -139,21 +140,14 @@ def flux_dims(config: Mapping[str, Any]) -> FluxDims:
 
 def _target(config: Mapping[str, Any], recipe: Recipe) -> Spec:
     """Shapes and dtypes that the quantized model will ask for when it loads the checkpoint."""
-    import torch
-
     from tonfa.checkpoint.native import quantization_config
     from tonfa.cli.pipeline import quieten_libraries
 
     quieten_libraries()
     from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 
-    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    arguments["quantization_config"] = quantization_config(recipe.rank, recipe)
-    try:
-        with torch.device("meta"):
-            model = SVDQFluxTransformer2DModel(**arguments)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json describes no FLUX transformer: {error}") from error
+    quantization = quantization_config(recipe.rank, recipe)
+    model = SVDQFluxTransformer2DModel._on_meta({**config, "quantization_config": quantization})
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
 
 

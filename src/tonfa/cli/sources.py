@@ -10,15 +10,15 @@ from tonfa.errors import CheckpointError
 
 def read_json(source: str, name: str, what: str) -> dict[str, Any] | None:
     """The content of `name` in a folder or a Hub repository, without its other files; None where there is none."""
-    from tonfa.checkpoint import tensors
+    from tonfa.checkpoint import reading
 
-    local = Path(source).expanduser()
-    if local.is_dir():
-        return tensors.read_json(local / name) if (local / name).is_file() else None
-    if local.exists():
+    local = reading.local_path(source)
+    if reading.exists(local) and local.is_dir():
+        return reading.read_json(local / name) if (local / name).is_file() else None
+    if reading.exists(local):
         raise CheckpointError(f"{what}: {source} is a file; expected a folder or a Hub id such as org/name")
     file = _download(source, name, what)
-    return None if file is None else tensors.read_json(file)
+    return None if file is None else reading.read_json(file)
 
 
 def _download(source: str, name: str, what: str) -> Path | None:

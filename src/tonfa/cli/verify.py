@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tonfa.cli.failures import FAILED, Debug, command
+from tonfa.errors import printable
 
 WORST = 10
 """Linears and problems that the text names; JSON has all."""
@@ -34,6 +35,7 @@ def verify(
     from tonfa.cli.pipeline import quieten_libraries
 
     quieten_libraries()
+    from tonfa.checkpoint.reading import local_path
     from tonfa.cli.quantize import find_transformer, read_flux_config
     from tonfa.models.flux.audit import verify_checkpoint
 
@@ -41,7 +43,7 @@ def verify(
     if against is not None:
         dense = find_transformer(against, "transformer")
         read_flux_config(dense)
-    report = verify_checkpoint(path.expanduser(), dense)
+    report = verify_checkpoint(local_path(path), dense)
     if as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -61,4 +63,4 @@ def _print(report: dict[str, Any]) -> None:
     for name, error in list(report["errors"].items())[:WORST]:
         print(f"  {'not finite' if error is None else f'{error:.4f}'}  {name}")
     verdict = "sound" if report["ok"] else f"{len(report['problems'])} problems"
-    print(f"{report['path']}: {report['tensors']} tensors, {verdict}")
+    print(f"{printable(report['path'])}: {report['tensors']} tensors, {verdict}")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tonfa.checkpoint.atomic import check_output, explained, publish, write_json
+from tonfa.checkpoint.reading import read_json
 from tonfa.checkpoint.shards import write_index
 from tonfa.checkpoint.strict import Spec
-from tonfa.checkpoint.tensors import file_spec, open_file, read_json
+from tonfa.checkpoint.tensors import file_spec, open_file
 from tonfa.errors import CheckpointError
 
 _MANIFEST = "manifest.json"

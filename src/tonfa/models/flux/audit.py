@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tonfa.checkpoint import native
+from tonfa.checkpoint.reading import exists, present, read_json
 from tonfa.checkpoint.strict import Spec, check, dtype_name, nbytes
-from tonfa.checkpoint.tensors import TensorFiles, TensorFolder, read_json
+from tonfa.checkpoint.tensors import TensorFiles, TensorFolder
+from tonfa.checkpoint.values import flaws
 from tonfa.formats import GROUP_SIZE, INT4
 from tonfa.models.flux.checkpoints import LEGACY_FILES
 from tonfa.models.flux.export import DENSE_CLASS, QuantizedFlux, read_quantized
@@ -41,7 +42,7 @@ _SMOOTHING = (("smooth", "smooth_orig"), ("smooth_factor", "smooth_factor_orig")
 def is_dense(path: Path) -> bool:
     """Whether the folder holds a 16-bit Diffusers FLUX transformer."""
     file = path / native.CONFIG
-    if not file.is_file() or any((path / name).exists() for name in LEGACY_FILES):
+    if not exists(file) or any(present(path / name) for name in LEGACY_FILES):
         return False
     config = read_json(file)
     return config.get("_class_name") == DENSE_CLASS and config.get("quantization_config") is None
@@ -137,7 +138,7 @@ def verify_checkpoint(path: Path, against: Path | None = None) -> dict[str, Any]
     """
     model = read_quantized(path)
     problems = [
-        {"tensor": name, "problem": problem} for name in model.spec for problem in _problems(name, model.source[name])
+        {"tensor": name, "problem": problem} for name in model.spec for problem in flaws(name, model.source[name])
     ]
     extremes = sum(int((INT4.unpack(model.source[n]) == -8).sum()) for n in _signed_codes(model))
     errors: dict[str, float] = {}
@@ -161,19 +162,6 @@ def verify_checkpoint(path: Path, against: Path | None = None) -> dict[str, Any]
 
 def _signed_codes(model: QuantizedFlux) -> list[str]:
     return [f"{linear.name}.qweight" for linear in model.plan.linears() if linear.kind == "svdq"]
-
-
-def _problems(name: str, tensor: Tensor) -> Iterator[str]:
-    """Two codes fill a byte, so no byte is out of range; floats can be."""
-    if not tensor.is_floating_point():
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        yield f"{bad} of {tensor.numel()} values are not finite"
-    if name.endswith(".smooth_factor"):
-        low = int((tensor <= 0).sum())
-        if low:
-            yield f"{low} of {tensor.numel()} smoothing factors are not positive"
 
 
 def _errors(model: QuantizedFlux, against: Path) -> dict[str, float]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tonfa.checkpoint import files, native
+from tonfa.checkpoint.reading import exists, local_path, parse_object, present, read_json
 from tonfa.checkpoint.strict import Spec
-from tonfa.checkpoint.tensors import TensorFiles, TensorFolder, read_json
+from tonfa.checkpoint.tensors import TensorFiles, TensorFolder
 from tonfa.errors import CheckpointError
+from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.nunchaku import NunchakuTensors, branch_rank
 from tonfa.models.flux.plan import FluxDims
 
 LEGACY_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 _SINGLE_FILE = (".safetensors", ".sft")
+_METHOD, _PRECISION = "svdquant", "int4"
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ def open_checkpoint(source: str | Path, **hub: Any) -> Opened:
     `hub` holds `subfolder`, `revision`, `token`, `cache_dir` and `local_files_only`. Raises CheckpointError, naming the
     file, for whatever is no 4-bit FLUX checkpoint.
     """
-    if str(source).endswith(_SINGLE_FILE) or Path(source).expanduser().is_file():
+    local = local_path(source)
+    if str(source).endswith(_SINGLE_FILE) or (exists(local) and local.is_file()):
         return _single_file(files.resolve_file(source, **hub))
     folder = files.resolve(source, **hub)
-    if any((folder / name).exists() for name in LEGACY_FILES):
+    if any(present(folder / name) for name in LEGACY_FILES):
         return _legacy_folder(folder)
     return Opened(str(folder), native.read_config(folder), lambda _: TensorFolder(folder))
 
@@ -48,29 +51,29 @@ def _single_file(path: Path) -> Opened:
     metadata = source.metadata()
     if "config" not in metadata:
         raise CheckpointError(f"{path}: has no 'config' in its metadata; expected a Nunchaku single-file checkpoint")
-    _check_precision(_object(metadata.get("quantization_config", "{}"), f"{path}: quantization_config"), str(path))
-    return _nunchaku(source, _object(metadata["config"], f"{path}: config"), str(path))
+    quantization = parse_object(
+        metadata.get("quantization_config", "{}"), f"{path}: quantization_config in the metadata"
+    )
+    _check_quantization(quantization, branch_rank(source.spec(), str(path)), str(path))
+    return _nunchaku(source, parse_object(metadata["config"], f"{path}: config in the metadata"), str(path))
 
 
 def _legacy_folder(folder: Path) -> Opened:
     return _nunchaku(TensorFiles(folder / n for n in LEGACY_FILES), read_json(folder / "config.json"), str(folder))
 
 
-def _object(text: str, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{what} in the metadata is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} in the metadata: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _check_precision(quantization: Mapping[str, Any], where: str) -> None:
+def _check_quantization(quantization: Mapping[str, Any], rank: int, where: str) -> None:
+    """Early files lack keys, so each may be missing, but none may contradict what the tensors are taken for."""
     weight = quantization.get("weight")
-    precision = weight.get("dtype") if isinstance(weight, Mapping) else None
-    if precision not in (None, "int4"):
+    if weight is not None and not isinstance(weight, Mapping):
+        raise CheckpointError(f"{where}: weight in quantization_config is {weight!r}, expected an object")
+    precision, group_size = ((weight or {}).get(key) for key in ("dtype", "group_size"))
+    if precision not in (None, _PRECISION):
         raise CheckpointError(f"{where}: weights are {precision!r}; take the INT4 checkpoint (svdq-int4)")
+    facts = {"method": _METHOD, "rank": rank, "group_size": GROUP_SIZE}
+    for key, found in {**quantization, "group_size": group_size}.items():
+        if key in facts and found is not None and found != facts[key]:
+            raise CheckpointError(f"{where}: {key} in quantization_config is {found!r}, expected {facts[key]!r}")
 
 
 def _nunchaku(source: TensorFiles, config: Mapping[str, Any], where: str) -> Opened:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from tonfa.checkpoint import native, nunchaku_layout
 from tonfa.checkpoint.atomic import explained, new_folder, write_json
 from tonfa.checkpoint.shards import DEFAULT_SHARD_SIZE, group_by_size, shard_names, write_index, write_tensors
 from tonfa.checkpoint.strict import Spec, check, check_one_float, dtype_name
+from tonfa.checkpoint.values import check_values
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.checkpoints import LEGACY_FILES, open_checkpoint
@@ -71,7 +72,7 @@ def read_quantized(source: str | Path, **hub: Any) -> QuantizedFlux:
     Raises CheckpointError, listing names, for tensors that are missing, unexpected, misshapen or of a wrong dtype.
     """
     opened = open_checkpoint(source, **hub)
-    model = SVDQFluxTransformer2DModel._on_meta(opened.config)
+    model = SVDQFluxTransformer2DModel._on_meta(opened.config, f"{opened.where}: config")
     expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     tensors = opened.tensors(expected)
     spec = tensors.spec()
@@ -86,8 +87,10 @@ def read_quantized(source: str | Path, **hub: Any) -> QuantizedFlux:
 def export(model: QuantizedFlux, out: Path, form: Form, *, overwrite: bool = False) -> None:
     """Write the model to `out`, a file for "nunchaku" and a folder otherwise, whole or not at all.
 
-    Raises CheckpointError where something is in the way or where the form cannot hold the model.
+    Raises CheckpointError where something is in the way, where the form cannot hold the model, and for NaN, Inf and
+    smoothing factors that cannot be divided by.
     """
+    model = replace(model, source=_Sound(model))
     if form == "nunchaku":
         _write_file(model, out, overwrite)
         return
@@ -100,6 +103,24 @@ def export(model: QuantizedFlux, out: Path, form: Form, *, overwrite: bool = Fal
             _write_shards(folder, _dense(model), _diffusers_config(model))
         else:
             _write_legacy(model, folder)
+
+
+class _Sound:
+    """A model's native tensors, their values checked as they are read."""
+
+    def __init__(self, model: QuantizedFlux) -> None:
+        self._model = model
+
+    def spec(self) -> Spec:
+        return self._model.spec
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name, "cpu")
+
+    def read(self, name: str, device: torch.device | str) -> Tensor:
+        tensor = self._model.source.read(name, device)
+        check_values(name, tensor, self._model.where)
+        return tensor
 
 
 class _Tensors(Mapping[str, Tensor]):

@@ -56,13 +56,14 @@ _LARGEST = {
     "patch_size": 64,
     "in_channels": 2**16,
     "out_channels": 2**16,
-    "num_layers": 1024,
-    "num_single_layers": 1024,
+    "num_layers": 256,
+    "num_single_layers": 256,
     "attention_head_dim": 2**12,
     "num_attention_heads": 2**12,
     "joint_attention_dim": 2**17,
     "pooled_projection_dim": 2**17,
 }
+_MAY_BE_0 = ("num_layers", "num_single_layers")
 
 
 def _linear_factory(rank: int | None) -> Any:
@@ -119,6 +120,9 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.inner_dim = num_attention_heads * attention_head_dim
         if quantization_config is not None and self.inner_dim % GROUP_SIZE:
             raise FormatError(f"hidden size {self.inner_dim} is no multiple of the group size {GROUP_SIZE}")
+        if not isinstance(guidance_embeds, bool):
+            raise FormatError(f"guidance_embeds is {guidance_embeds!r}, expected true or false")
+        _check_axes(axes_dims_rope, attention_head_dim)
 
         self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
         embed = CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
@@ -172,7 +176,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        model = cls._on_meta(opened.config)
+        model = cls._on_meta(opened.config, f"{opened.where}: config")
         spec = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         source = opened.tensors(spec)
         tensors = native.read(source, spec, opened.where, device=device or "cpu", dtype=dtype or torch_dtype)
@@ -228,15 +232,15 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             )
 
     @classmethod
-    def _on_meta(cls, config: Mapping[str, Any]) -> SVDQFluxTransformer2DModel:
-        """A model of this configuration without memory for its tensors."""
+    def _on_meta(cls, config: Mapping[str, Any], where: str = "config.json") -> SVDQFluxTransformer2DModel:
+        """A model of this configuration without memory for its tensors. `where` names it in errors."""
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-        _check_counts(arguments)
+        _check_counts(arguments, where)
         try:
             with torch.device("meta"):
                 return cls(**arguments)
         except (TypeError, KeyError, ValueError, ZeroDivisionError, RuntimeError) as error:
-            raise CheckpointError(f"config.json describes no FLUX transformer: {error}") from error
+            raise CheckpointError(f"{where} describes no FLUX transformer: {error}") from error
 
     def _filled(self, tensors: Mapping[str, Tensor]) -> SVDQFluxTransformer2DModel:
         self.load_state_dict(tensors, strict=True, assign=True)
@@ -356,13 +360,22 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         return velocity
 
 
-def _check_counts(config: Mapping[str, Any]) -> None:
+def _check_counts(config: Mapping[str, Any], where: str) -> None:
     """Refuse absurd sizes before modules are made of them."""
     for name, largest in _LARGEST.items():
         value = config.get(name, 1)
+        least = 0 if name in _MAY_BE_0 else 1
         optional = name == "out_channels" and value is None
-        if not optional and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest):
-            raise CheckpointError(f"config.json: {name} is {value!r}, expected an integer up to {largest}")
+        if not optional and (type(value) is not int or not least <= value <= largest):
+            expected = f"an integer of {least} to {largest}"
+            raise CheckpointError(f"{where}: {name} is {value!r}, expected {expected}")
+
+
+def _check_axes(axes: object, head_dim: int) -> None:
+    """No tensor depends on the axes of the rotary positions, so that the files cannot tell whether they are right."""
+    sizes = axes if isinstance(axes, Sequence) and not isinstance(axes, str) else ()
+    if any(type(size) is not int or size < 2 or size % 2 for size in sizes) or sum(sizes) != head_dim:
+        raise FormatError(f"axes_dims_rope is {axes!r}, expected even sizes whose sum is the head's, {head_dim}")
 
 
 def _checked(config: Any, **inputs: Tensor | None) -> dict[str, Tensor]:
