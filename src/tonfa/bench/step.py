@@ -1,0 +1,383 @@
+"""One step of a FLUX transformer: the 4-bit model beside its baselines, their memory, and where our time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tonfa.bench import ceilings, dense, parts, synthetic
+from tonfa.bench.protocol import Say, interleaved, record
+from tonfa.bench.work import flux_work
+from tonfa.dispatch import default_activations
+from tonfa.errors import TonfaError, UnsupportedError
+from tonfa.layers.linear import SVDQLinear
+from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
+
+RANK_0 = "rank-0"
+"""The first variant without its low-rank branch."""
+BASELINES = (*dense.DENSE_BASELINES, RANK_0)
+
+CHECK_BOUND = 0.05
+"""Relative L2 error of a small model's step against the reference backend with the same activations.
+
+Roundings in another order put it at 0.01 in bf16; a branch or a bias left out, or scales of another group, at 0.1 and
+more.
+"""
+CHECK_SIZE = 256, 256
+CHECK_TEXT = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the 4-bit model."""
+
+    weights: str
+    """Residency: "int4", or "fp8" for weights widened once."""
+    activations: str
+    rank: int
+    graph: bool
+
+    @property
+    def name(self) -> str:
+        """For people, and to tell records apart."""
+        branch = "" if self.rank else ", no low-rank branch"
+        return f"tonfa {self.weights} weights, {self.activations} activations{branch}"
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """What one step computes."""
+
+    height: int
+    width: int
+    batch: int
+    text_tokens: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.height} x {self.width}, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """Everything that `tonfa bench step` was asked for."""
+
+    config: Mapping[str, Any]
+    cases: Sequence[StepCase]
+    variants: Sequence[Variant]
+    baselines: Sequence[str]
+    explicit: bool
+    """Whether the baselines were named by the user: then one that cannot run is an error."""
+    runs: int
+    seed: int
+    device: torch.device
+
+
+@dataclass
+class _Candidate:
+    """A model that is timed."""
+
+    variant: str
+    settings: dict[str, Any]
+    model: Any
+    weights_gib: float
+
+
+def set_weights(model: SVDQFluxTransformer2DModel, weights: str) -> None:
+    """Choose the residency of the weights. Raises UnsupportedError for one that this version does not have."""
+    choose = getattr(model, "set_weights", None)
+    if choose is not None:
+        choose(weights)
+    elif weights != "int4":
+        raise UnsupportedError(f"--weights {weights}: this version keeps 4-bit weights only; leave it out")
+
+
+def build(variant: Variant, config: Mapping[str, Any], device: torch.device, seed: int) -> SVDQFluxTransformer2DModel:
+    """The 4-bit model of this variant with random weights."""
+    model = synthetic.quantized_model(config, variant.rank, device, seed)
+    set_weights(model, variant.weights)
+    return model.set_activations(variant.activations).set_cuda_graphs(variant.graph)
+
+
+def small(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Two blocks of four heads at most: the reference computes it in a moment."""
+    heads = min(4, config["num_attention_heads"])
+    return {**config, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": heads}
+
+
+def check(variant: Variant, config: Mapping[str, Any], device: torch.device, seed: int) -> float:
+    """The error of a small model built as the variant is. Raises TonfaError if it is over CHECK_BOUND or not finite."""
+    config = small(config)
+    inputs = synthetic.step_inputs(config, *CHECK_SIZE, text_tokens=CHECK_TEXT, device=device)
+    model = build(variant, config, device, seed)
+    outputs = [model(**inputs)[0].float() for _ in range(3)]  # eager, recorded, replayed
+    reference = synthetic.quantized_model(config, variant.rank, device, seed).set_cuda_graphs(False)
+    expected = reference.set_activations(variant.activations, "reference")(**inputs)[0].float()
+    error = max(float((found - expected).norm() / expected.norm()) for found in outputs)
+    if not error <= CHECK_BOUND:
+        raise TonfaError(
+            f"{variant.name}: a small model is off by {error:.1%} from the reference backend, "
+            f"{CHECK_BOUND:.0%} at most is allowed; no speed is recorded"
+        )
+    return error
+
+
+def finite(output: Tensor, name: str) -> None:
+    """Raise TonfaError for NaN or Inf."""
+    if not bool(torch.isfinite(output).all()):
+        raise TonfaError(f"{name}: the step's output is not finite; no speed is recorded")
+
+
+def _allocated(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.memory_allocated(device))
+
+
+def _tensor_gib(model: torch.nn.Module) -> float:
+    return sum(t.numel() * t.itemsize for t in model.state_dict().values()) / 2**30
+
+
+def _kernel_name(function: Any) -> str:
+    function = getattr(function, "func", function)
+    return f"{function.__module__}.{function.__qualname__}".removeprefix("tonfa.")
+
+
+class StepBench:
+    """Builds every model once, then measures case by case."""
+
+    def __init__(self, request: StepRequest, say: Say) -> None:
+        self._request, self._say, self._device = request, say, request.device
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """One record for each candidate and case; ours first.
+
+        Raises TonfaError where a variant computes wrong numbers or a baseline that was asked for cannot run.
+        """
+        with torch.no_grad():  # torch.compile and tensor subclasses know it better than inference_mode
+            ours = self._ours()
+            memory = {
+                (candidate.variant, case): self._memory(candidate, case)
+                for candidate in ours
+                for case in self._request.cases
+            }
+            baselines = self._baselines(self._request.variants[0])
+            for case in self._request.cases:
+                yield from self._case(case, ours, baselines, memory)
+
+    def _ours(self) -> list[_Candidate]:
+        found = []
+        for variant in self._request.variants:
+            try:
+                found.append(self._candidate(variant))
+            except UnsupportedError as error:
+                if len(self._request.variants) == 1:
+                    raise
+                self._say(f"skipped {variant.name}: {error}")
+        if not found:
+            raise UnsupportedError("none of the variants can run here")
+        return found
+
+    def _candidate(self, variant: Variant) -> _Candidate:
+        request = self._request
+        error = check(variant, request.config, self._device, request.seed)
+        self._say(f"checked {variant.name}: {error:.2%} from the reference on a small model")
+        before = _allocated(self._device)
+        model = build(variant, request.config, self._device, request.seed)
+        inputs = synthetic.step_inputs(request.config, *CHECK_SIZE, text_tokens=CHECK_TEXT, device=self._device)
+        finite(model.set_cuda_graphs(False)(**inputs)[0], variant.name)  # binds: packs weights, makes buffers
+        del inputs
+        held = (_allocated(self._device) - before) / 2**30 or _tensor_gib(model)
+        model.set_cuda_graphs(variant.graph)
+        layer = next(m for m in model.modules() if isinstance(m, SVDQLinear))
+        kernels = layer.binding().kernels
+        self._say(f"built {variant.name}: {held:.2f} GiB, {kernels.backend} backend")
+        settings = {
+            "weights": variant.weights,
+            "activations": variant.activations,
+            "attention": _kernel_name(kernels.attention),
+            "graph": variant.graph and self._device.type == "cuda",
+            "rank": variant.rank,
+            "backend": kernels.backend,
+        }
+        return _Candidate(variant.name, settings, model, held)
+
+    def _baselines(self, first: Variant) -> dict[str, _Candidate]:
+        found: dict[str, _Candidate] = {}
+        models: dense.DenseModels | None = None
+        for name in self._request.baselines:
+            try:
+                if name == RANK_0:
+                    found[name] = self._candidate(replace(first, rank=0))
+                    continue
+                reason = dense.missing(name, self._device)
+                if reason is not None:
+                    raise UnsupportedError(f"baseline {name}: {reason}")
+                models = models or dense.DenseModels(self._request.config, self._device, self._request.seed)
+                model = models.build(name)
+            except UnsupportedError as error:
+                if self._request.explicit:
+                    raise
+                self._say(f"skipped {error}")
+                continue
+            weights = "fp8" if name == dense.TORCHAO else "bf16"
+            settings = {
+                "weights": weights,
+                "activations": weights,
+                "attention": dense.attention_backend(name, self._device),
+                "graph": False,
+                "compiled": name != dense.EAGER,
+            }
+            found[name] = _Candidate(name, settings, model, _tensor_gib(model))
+            self._say(f"built {name}")
+        return found
+
+    def _inputs(self, case: StepCase) -> dict[str, Any]:
+        return synthetic.step_inputs(
+            self._request.config, case.height, case.width, case.batch, case.text_tokens, self._device
+        )
+
+    def _memory(self, candidate: _Candidate, case: StepCase) -> dict[str, float]:
+        """GiB: weights with all that the backend keeps, and the peak of a step with and without a recorded graph.
+
+        `peak` counts tensors at the highest moment of an eager step; `peak_graph` what the process holds reserved
+        once the step is recorded: weights, the graph's pool, and what the allocator cannot give back.
+        """
+        memory = {"weights": candidate.weights_gib}
+        if self._device.type != "cuda":
+            return memory
+        inputs, model = self._inputs(case), candidate.model
+        ours = isinstance(model, SVDQFluxTransformer2DModel)
+        if ours:
+            model.set_cuda_graphs(False)
+        model(**inputs)
+        before = _allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        model(**inputs)
+        extra = torch.cuda.max_memory_allocated(self._device) - before
+        memory["peak"] = candidate.weights_gib + extra / 2**30
+        if ours and candidate.settings["graph"]:
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self._device)
+            model.set_cuda_graphs(True)
+            for _ in range(3):
+                model(**inputs)
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            extra = torch.cuda.memory_reserved(self._device) - before
+            memory["peak_graph"] = candidate.weights_gib + extra / 2**30
+            model.set_cuda_graphs(True)
+        self._say(f"memory of {candidate.variant}, {case.name}: " + _gib(memory))
+        return memory
+
+    def _case(
+        self,
+        case: StepCase,
+        ours: Sequence[_Candidate],
+        baselines: Mapping[str, _Candidate],
+        memory: dict[tuple[str, StepCase], dict[str, float]],
+    ) -> Iterator[dict[str, Any]]:
+        torch.compiler.reset()  # every case is compiled for its own shapes, and counts towards no limit
+        inputs = self._inputs(case)
+        for candidate in ours:
+            finite(candidate.model(**inputs)[0], candidate.variant)
+        baselines = {name: c for name, c in baselines.items() if self._runs(name, c, case, inputs)}
+        everyone = {**{c.variant: c for c in ours}, **baselines}
+        steps = {name: _step(candidate.model, inputs) for name, candidate in everyone.items()}
+        for candidate in baselines.values():
+            memory[candidate.variant, case] = self._memory(candidate, case)
+        self._say(f"{case.name}: {self._request.runs} runs of {len(steps)} candidates in turn")
+        timings = interleaved({name: [step] for name, step in steps.items()}, self._request.runs, self._device)
+        reference = {name: timings[name] for name in baselines}
+        rates = self._ceilings(case)
+        for name, candidate in everyone.items():
+            shares, floor = None, None
+            if rates is not None and name not in baselines:
+                self._say(f"{case.name}: profiling a step of {name}")
+                shares, floor = self._parts(case, candidate, steps[name], timings[name].median, rates)
+            yield record(
+                bench="step",
+                case={
+                    "height": case.height,
+                    "width": case.width,
+                    "batch": case.batch,
+                    "text_tokens": case.text_tokens,
+                    "rank": candidate.settings.get("rank"),
+                    "layers": [self._request.config["num_layers"], self._request.config["num_single_layers"]],
+                    "hidden": self._hidden(),
+                    "in_channels": self._request.config["in_channels"],
+                    "seed": self._request.seed,
+                },
+                variant=candidate.variant,
+                settings=candidate.settings,
+                timing=timings[name],
+                device=self._device,
+                baselines=reference,
+                memory_gib=memory[candidate.variant, case],
+                parts=shares,
+                floor=floor,
+            )
+
+    def _runs(self, name: str, candidate: _Candidate, case: StepCase, inputs: Mapping[str, Any]) -> bool:
+        """Whether a baseline's first step, which compiles it, succeeds."""
+        self._say(f"{case.name}: first step of {name}")
+        try:
+            output = candidate.model(**inputs)[0]
+        except RuntimeError as error:  # of compilers too, and of a full GPU
+            reason = f"baseline {name} fails at {case.name}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            if self._request.explicit:
+                raise UnsupportedError(reason) from error
+            self._say(f"skipped {reason}")
+            return False
+        finite(output, name)
+        return True
+
+    def _hidden(self) -> int:
+        return int(self._request.config["num_attention_heads"] * self._request.config["attention_head_dim"])
+
+    def _ceilings(self, case: StepCase) -> ceilings.Ceilings | None:
+        if self._device.type != "cuda":
+            return None
+        self._say(f"{case.name}: measuring what the GPU reaches at best")
+        config = self._request.config
+        work = flux_work(config, case.height, case.width, case.batch, case.text_tokens, 0)
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        return ceilings.measure(work, heads, head_dim, case.batch, self._device)
+
+    def _parts(
+        self,
+        case: StepCase,
+        candidate: _Candidate,
+        step: Callable[[], Tensor],
+        step_ms: float,
+        rates: ceilings.Ceilings,
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        settings = candidate.settings
+        work = flux_work(self._request.config, case.height, case.width, case.batch, case.text_tokens, settings["rank"])
+        least = parts.floors(work, rates, settings["weights"], settings["activations"])
+        return parts.described(parts.profile_step(step, self._device), step_ms, least)
+
+
+def _step(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        output: Tensor = model(**inputs)[0]
+        return output
+
+    return step
+
+
+def _gib(memory: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items()) + " GiB"
+
+
+def variants(
+    weights: Sequence[str], activations: str | None, rank: int, graph: bool, device: torch.device
+) -> list[Variant]:
+    """One for each residency of the weights."""
+    return [Variant(w, activations or default_activations(device), rank, graph) for w in weights]
