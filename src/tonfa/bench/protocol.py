@@ -167,7 +167,7 @@ def record(
         "runs": timing.runs,
         "baselines": {name: _rounded(t.median) for name, t in baselines.items()},
         "ratios": {name: round(ratio(t.median), 3) for name, t in baselines.items() if t.median},
-        "memory_gib": {name: round(gib, 4) for name, gib in (memory_gib or {}).items()},
+        "memory_gib": {name: _rounded(gib) for name, gib in (memory_gib or {}).items()},
         "floor": dict(floor or {}),
         "parts": {name: dict(part) for name, part in (parts or {}).items()},
         **environment(device),

@@ -140,8 +140,16 @@ def _allocated(device: torch.device) -> int:
     return int(torch.cuda.memory_allocated(device))
 
 
-def _tensor_gib(model: torch.nn.Module) -> float:
-    return sum(t.numel() * t.itemsize for t in model.state_dict().values()) / 2**30
+def tensor_gib(model: torch.nn.Module) -> float:
+    """GiB of all tensors; of those that wrap others, as torchao's do, what they hold."""
+    return sum(_nbytes(t) for t in model.state_dict().values()) / 2**30
+
+
+def _nbytes(tensor: Tensor) -> int:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return tensor.numel() * tensor.itemsize
+    return sum(_nbytes(getattr(tensor, name)) for name in flatten()[0])
 
 
 def _kernel_name(function: Any) -> str:
@@ -193,7 +201,7 @@ class StepBench:
         inputs = synthetic.step_inputs(request.config, *CHECK_SIZE, text_tokens=CHECK_TEXT, device=self._device)
         finite(model.set_cuda_graphs(False)(**inputs)[0], variant.name)  # binds: packs weights, makes buffers
         del inputs
-        held = (_allocated(self._device) - before) / 2**30 or _tensor_gib(model)
+        held = (_allocated(self._device) - before) / 2**30 or tensor_gib(model)
         model.set_cuda_graphs(variant.graph)
         layer = next(m for m in model.modules() if isinstance(m, SVDQLinear))
         kernels = layer.binding().kernels
@@ -234,7 +242,7 @@ class StepBench:
                 "graph": False,
                 "compiled": name != dense.EAGER,
             }
-            found[name] = _Candidate(name, settings, model, _tensor_gib(model))
+            found[name] = _Candidate(name, settings, model, tensor_gib(model))
             self._say(f"built {name}")
         return found
 
