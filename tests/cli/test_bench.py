@@ -196,7 +196,7 @@ def test_each_command_has_a_description_and_an_example(tonfa, name: str) -> None
         (("linear", "--shape", "100x64"), "'100x64' is no pair of positive multiples of 64"),
         (("step", "--weights", "int2"), "'int2' is none of int4, fp8"),
         (("error", "--activations", "int2"), "'int2' is none of int4, int8, fp8, none"),
-        (("linear", "--rank", "-1"), "not in the range"),
+        (("linear", "--rank", "-1"), "greater than or equal to 0"),
     ],
 )
 def test_wrong_usage_is_2(tonfa, arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -256,3 +256,31 @@ def test_a_4_bit_pipeline_has_nothing_to_compare_with(tonfa, depth_pipeline: Pat
 
 def test_pairs() -> None:
     assert parse_pair("1024x768", "--size", 16) == (1024, 768)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["--graph", "--no-graph"])
+def test_step_on_a_gpu(tonfa, graph: str, tmp_path: Path) -> None:
+    arguments = ("--model", "demo", "--size", "256x256", "--baseline", "bf16-eager", "--baseline", "rank-0")
+    result = tonfa("bench", "step", "--device", "cuda", *arguments, graph, "--out", "r")
+    assert result.exit_code == 0, result.output
+    ours, eager, _ = records(tmp_path / "r", "step", {"hidden": 256}, {"bf16-eager", "rank-0"})
+    assert ours["settings"]["graph"] is (graph == "--graph")
+    memory = ours["memory_gib"]
+    assert 0 < memory["weights"] < memory["peak"] and ("peak_graph" in memory) is (graph == "--graph")
+    assert eager["memory_gib"]["weights"] > memory["weights"]
+    parts = ours["parts"]
+    assert parts["products"]["value"] > 0 and parts["attention"]["value"] > 0
+    assert ours["floor"]["value"] == pytest.approx(sum(part["floor"] for part in parts.values()), abs=1e-2)
+    assert all(part["floor"] >= 0 and part["why"] for part in parts.values())
+    assert eager["parts"] == {} == eager["floor"]
+
+
+@pytest.mark.gpu
+def test_linear_and_attention_on_a_gpu(tonfa, tmp_path: Path) -> None:
+    shape = ("--shape", "512x512", "--rows", 256, "--baseline", "cublas-bf16", "--out", "linear")
+    assert tonfa("bench", "linear", "--device", "cuda", *shape).exit_code == 0
+    assert len(records(tmp_path / "linear", "linear", {"m": 256}, {"cublas-bf16"})) == 2
+    shape = ("--tokens", 256, "--heads", 2, "--baseline", "sdpa-default", "--out", "attention")
+    assert tonfa("bench", "attention", "--device", "cuda", *shape).exit_code == 0
+    assert len(records(tmp_path / "attention", "attention", {"tokens": 256}, {"sdpa-default"})) == 2
