@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from bench_cases import CPU, TINY, VARIANT, request
 from diffusers import FluxTransformer2DModel
-from test_synthetic import TINY
 from torch.nn import functional
 
 from support import random_weights, relative_error
@@ -18,28 +18,11 @@ from tonfa.bench.comfy import LAYOUT, comfy_linear
 from tonfa.bench.dense import COMPILED, EAGER, TORCHAO, DenseModels
 from tonfa.bench.linear import check as check_linear
 from tonfa.bench.protocol import Timing
-from tonfa.bench.step import CHECK_BOUND, StepBench, StepCase, StepRequest, Variant, check, set_weights, tensor_gib
+from tonfa.bench.step import CHECK_BOUND, StepBench, Variant, check, set_weights, tensor_gib
 from tonfa.bench.synthetic import outlier_input, quantized_model, random_linear, step_inputs
 from tonfa.dispatch import bind
 from tonfa.errors import TonfaError, UnsupportedError
 from tonfa.layers.linear import SVDQLinear
-
-CPU = torch.device("cpu")
-VARIANT = Variant("int4", "int8", 32, graph=True)
-
-
-def request(**changes: object) -> StepRequest:
-    given = {
-        "config": TINY,
-        "cases": [StepCase(32, 48, 1, 8)],
-        "variants": [VARIANT],
-        "baselines": [],
-        "explicit": True,
-        "runs": 1,
-        "seed": 0,
-        "device": CPU,
-    }
-    return StepRequest(**{**given, **changes})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from bench_cases import H200
 
 from tonfa.bench.ceilings import Ceilings
 from tonfa.bench.parts import IDLE, PARTS, by_part, classify, described, floors
@@ -41,7 +42,6 @@ def test_times_of_a_part_add_up() -> None:
 
 
 WORK = flux_work(FULL, 1024, 1024, 1, 512, 32)
-H200 = Ceilings(bandwidth=4.28e12, bf16=782e12, fp8=1371e12, int8=763e12, attention=610e12)
 
 
 def test_floors_of_flux_on_an_h200() -> None:

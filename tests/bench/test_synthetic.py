@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench_cases import CPU, TINY
 
 from support import relative_error
-from tonfa.bench.step import small
 from tonfa.bench.synthetic import (
-    DEMO,
     FULL,
     dense_model,
     outlier_channels,
@@ -18,9 +17,6 @@ from tonfa.bench.synthetic import (
     unfilled_dense_model,
 )
 from tonfa.layers.linear import SVDQLinear
-
-CPU = torch.device("cpu")
-TINY = {**small(DEMO), "attention_head_dim": 64, "axes_dims_rope": (8, 28, 28), "joint_attention_dim": 32}
 
 
 def run(model: torch.nn.Module, **arguments: object) -> torch.Tensor:

@@ -31,6 +31,10 @@ CHECK_SIZE = 256, 256
 CHECK_TEXT = 64
 
 
+_FAILURES = (RuntimeError, TypeError, AttributeError, AssertionError)
+"""What other people's code raises: compilers and a full GPU RuntimeError, versions that do not fit the others."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to run the 4-bit model."""
@@ -291,7 +295,8 @@ class StepBench:
         baselines: Mapping[str, _Candidate],
         memory: dict[tuple[str, StepCase], dict[str, float]],
     ) -> Iterator[dict[str, Any]]:
-        torch.compiler.reset()  # every case is compiled for its own shapes, and counts towards no limit
+        if any(candidate.settings.get("compiled") for candidate in baselines.values()):
+            torch.compiler.reset()  # every case is compiled for its own shapes, and counts towards no limit
         inputs = self._inputs(case)
         for candidate in ours:
             finite(candidate.model(**inputs)[0], candidate.variant)
@@ -337,8 +342,9 @@ class StepBench:
         self._say(f"{case.name}: first step of {name}")
         try:
             output = candidate.model(**inputs)[0]
-        except RuntimeError as error:  # of compilers too, and of a full GPU
-            reason = f"baseline {name} fails at {case.name}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        except _FAILURES as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            reason = f"baseline {name} fails at {case.name}: {type(error).__name__}: {first_line}"
             if self._request.explicit:
                 raise UnsupportedError(reason) from error
             self._say(f"skipped {reason}")
