@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from tonfa.bench.ceilings import Ceilings
-from tonfa.bench.step import StepCase, StepRequest, Variant, small
+from tonfa.bench.step import StepCase, StepRequest
 from tonfa.bench.synthetic import DEMO
+from tonfa.bench.variant import Variant, small
 
 CPU = torch.device("cpu")
 TINY = {**small(DEMO), "attention_head_dim": 64, "axes_dims_rope": (8, 28, 28), "joint_attention_dim": 32}

@@ -12,14 +12,16 @@ from diffusers import FluxTransformer2DModel
 from torch.nn import functional
 
 from support import random_weights, relative_error
-from tonfa.bench import dense, step
+from tonfa.bench import dense, step, variant
 from tonfa.bench.attention import check as check_attention
 from tonfa.bench.comfy import LAYOUT, comfy_linear
 from tonfa.bench.dense import COMPILED, EAGER, TORCHAO, DenseModels
 from tonfa.bench.linear import check as check_linear
+from tonfa.bench.memory import tensor_gib
 from tonfa.bench.protocol import Timing
-from tonfa.bench.step import CHECK_BOUND, StepBench, Variant, check, set_weights, tensor_gib
+from tonfa.bench.step import StepBench
 from tonfa.bench.synthetic import outlier_input, quantized_model, random_linear, step_inputs
+from tonfa.bench.variant import CHECK_BOUND, Variant, check, set_weights
 from tonfa.dispatch import bind
 from tonfa.errors import TonfaError, UnsupportedError
 from tonfa.layers.linear import SVDQLinear
@@ -73,7 +75,6 @@ def test_torchao_quantizes_the_linears_of_blocks(
     fake.Float8DynamicActivationFloat8WeightConfig = lambda granularity: ("config", granularity)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
-    monkeypatch.setattr(dense, "missing", lambda *_: None)
     model = DenseModels(TINY, CPU).build(TORCHAO)
     expected = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "transformer_blocks" in n]
     assert seen == expected and len(seen) > 10 and "proj_out" not in seen
@@ -83,7 +84,6 @@ def test_torchao_quantizes_the_linears_of_blocks(
 def test_torchao_that_lacks_the_api_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.quantization", ModuleType("torchao.quantization"))
-    monkeypatch.setattr(dense, "missing", lambda *_: None)
     with pytest.raises(UnsupportedError, match="this torchao cannot be used"):
         DenseModels(TINY, CPU).build(TORCHAO)
 
@@ -122,7 +122,7 @@ def test_output_that_is_not_finite_is_not_timed(bad: float, monkeypatch: pytest.
         return model
 
     monkeypatch.setattr(step, "check", lambda *_: 0.0)
-    monkeypatch.setattr(step.synthetic, "quantized_model", broken)
+    monkeypatch.setattr(variant.synthetic, "quantized_model", broken)
     with pytest.raises(TonfaError, match="not finite; no speed is recorded"):
         list(StepBench(request(), print).run())
 
@@ -141,7 +141,7 @@ def test_a_residency_that_is_missing_is_skipped_beside_another(monkeypatch: pyte
         if weights != "int4":
             raise UnsupportedError("not here")
 
-    monkeypatch.setattr(step, "set_weights", choose)
+    monkeypatch.setattr(variant, "set_weights", choose)
     said: list[str] = []
     both = [VARIANT, Variant("fp8", "int8", 32, graph=True)]
     records = list(StepBench(request(variants=both), said.append).run())

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tonfa.bench.models import four_bit_model
 from tonfa.bench.protocol import Say, Timing, record
-from tonfa.bench.step import finite
 from tonfa.bench.synthetic import step_inputs
+from tonfa.bench.variant import finite
 from tonfa.layers.linear import SVDQLinear
 
 PUBLISHED = "int4"

@@ -9,47 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tonfa.bench import ceilings, dense, parts, synthetic
+from tonfa.bench import ceilings, dense, memory, parts, synthetic
 from tonfa.bench.protocol import Say, interleaved, record
+from tonfa.bench.variant import CHECK_SIZE, CHECK_TEXT, Variant, build, check, finite
 from tonfa.bench.work import flux_work
-from tonfa.dispatch import default_activations
-from tonfa.errors import TonfaError, UnsupportedError
+from tonfa.errors import UnsupportedError
 from tonfa.layers.linear import SVDQLinear
-from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 
 RANK_0 = "rank-0"
 """The first variant without its low-rank branch."""
 BASELINES = (*dense.DENSE_BASELINES, RANK_0)
 
-CHECK_BOUND = 0.05
-"""Relative L2 error of a small model's step against the reference backend with the same activations.
-
-Roundings in another order put it at 0.01 in bf16; a branch or a bias left out, or scales of another group, at 0.1 and
-more.
-"""
-CHECK_SIZE = 256, 256
-CHECK_TEXT = 64
-
-
 _FAILURES = (RuntimeError, TypeError, AttributeError, AssertionError)
 """What other people's code raises: compilers and a full GPU RuntimeError, versions that do not fit the others."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the 4-bit model."""
-
-    weights: str
-    """Residency: "int4", or "fp8" for weights widened once."""
-    activations: str
-    rank: int
-    graph: bool
-
-    @property
-    def name(self) -> str:
-        """For people, and to tell records apart."""
-        branch = "" if self.rank else ", no low-rank branch"
-        return f"tonfa {self.weights} weights, {self.activations} activations{branch}"
 
 
 @dataclass(frozen=True)
@@ -92,70 +64,6 @@ class _Candidate:
     weights_gib: float
 
 
-def set_weights(model: SVDQFluxTransformer2DModel, weights: str) -> None:
-    """Choose the residency of the weights. Raises UnsupportedError for one that this version does not have."""
-    choose = getattr(model, "set_weights", None)
-    if choose is not None:
-        choose(weights)
-    elif weights != "int4":
-        raise UnsupportedError(f"--weights {weights}: this version keeps 4-bit weights only; leave it out")
-
-
-def build(variant: Variant, config: Mapping[str, Any], device: torch.device, seed: int) -> SVDQFluxTransformer2DModel:
-    """The 4-bit model of this variant with random weights."""
-    model = synthetic.quantized_model(config, variant.rank, device, seed)
-    set_weights(model, variant.weights)
-    return model.set_activations(variant.activations).set_cuda_graphs(variant.graph)
-
-
-def small(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Two blocks of four heads at most: the reference computes it in a moment."""
-    heads = min(4, config["num_attention_heads"])
-    return {**config, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": heads}
-
-
-def check(variant: Variant, config: Mapping[str, Any], device: torch.device, seed: int) -> float:
-    """The error of a small model built as the variant is. Raises TonfaError if it is over CHECK_BOUND or not finite."""
-    config = small(config)
-    inputs = synthetic.step_inputs(config, *CHECK_SIZE, text_tokens=CHECK_TEXT, device=device)
-    model = build(variant, config, device, seed)
-    outputs = [model(**inputs)[0].float() for _ in range(3)]  # eager, recorded, replayed
-    reference = synthetic.quantized_model(config, variant.rank, device, seed).set_cuda_graphs(False)
-    expected = reference.set_activations(variant.activations, "reference")(**inputs)[0].float()
-    error = max(float((found - expected).norm() / expected.norm()) for found in outputs)
-    if not error <= CHECK_BOUND:
-        raise TonfaError(
-            f"{variant.name}: a small model is off by {error:.1%} from the reference backend, "
-            f"{CHECK_BOUND:.0%} at most is allowed; no speed is recorded"
-        )
-    return error
-
-
-def finite(output: Tensor, name: str) -> None:
-    """Raise TonfaError for NaN or Inf."""
-    if not bool(torch.isfinite(output).all()):
-        raise TonfaError(f"{name}: the step's output is not finite; no speed is recorded")
-
-
-def _allocated(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    return int(torch.cuda.memory_allocated(device))
-
-
-def tensor_gib(model: torch.nn.Module) -> float:
-    """GiB of all tensors; of those that wrap others, as torchao's do, what they hold."""
-    return sum(_nbytes(t) for t in model.state_dict().values()) / 2**30
-
-
-def _nbytes(tensor: Tensor) -> int:
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return tensor.numel() * tensor.itemsize
-    return sum(_nbytes(getattr(tensor, name)) for name in flatten()[0])
-
-
 def _kernel_name(function: Any) -> str:
     function = getattr(function, "func", function)
     return f"{function.__module__}.{function.__qualname__}".removeprefix("tonfa.")
@@ -174,14 +82,16 @@ class StepBench:
         """
         with torch.no_grad():  # torch.compile and tensor subclasses know it better than inference_mode
             ours = self._ours()
-            memory = {
+            held = {
                 (candidate.variant, case): self._memory(candidate, case)
                 for candidate in ours
                 for case in self._request.cases
             }
             baselines = self._baselines(self._request.variants[0])
-            for case in self._request.cases:
-                yield from self._case(case, ours, baselines, memory)
+        for case in self._request.cases:
+            with torch.no_grad():
+                records = list(self._case(case, ours, baselines, held))
+            yield from records
 
     def _ours(self) -> list[_Candidate]:
         found = []
@@ -200,12 +110,12 @@ class StepBench:
         request = self._request
         error = check(variant, request.config, self._device, request.seed)
         self._say(f"checked {variant.name}: {error:.2%} from the reference on a small model")
-        before = _allocated(self._device)
+        before = memory.allocated(self._device)
         model = build(variant, request.config, self._device, request.seed)
         inputs = synthetic.step_inputs(request.config, *CHECK_SIZE, text_tokens=CHECK_TEXT, device=self._device)
         finite(model.set_cuda_graphs(False)(**inputs)[0], variant.name)  # binds: packs weights, makes buffers
         del inputs
-        held = (_allocated(self._device) - before) / 2**30 or tensor_gib(model)
+        held = (memory.allocated(self._device) - before) / 2**30 or memory.tensor_gib(model)
         model.set_cuda_graphs(variant.graph)
         layer = next(m for m in model.modules() if isinstance(m, SVDQLinear))
         kernels = layer.binding().kernels
@@ -246,7 +156,7 @@ class StepBench:
                 "graph": False,
                 "compiled": name != dense.EAGER,
             }
-            found[name] = _Candidate(name, settings, model, tensor_gib(model))
+            found[name] = _Candidate(name, settings, model, memory.tensor_gib(model))
             self._say(f"built {name}")
         return found
 
@@ -256,44 +166,17 @@ class StepBench:
         )
 
     def _memory(self, candidate: _Candidate, case: StepCase) -> dict[str, float]:
-        """GiB: weights with all that the backend keeps, and the peak of a step with and without a recorded graph.
-
-        `peak` counts tensors at the highest moment of an eager step; `peak_graph` what the process holds reserved
-        once the step is recorded: weights, the graph's pool, and what the allocator cannot give back.
-        """
-        memory = {"weights": candidate.weights_gib}
-        if self._device.type != "cuda":
-            return memory
-        inputs, model = self._inputs(case), candidate.model
-        ours = isinstance(model, SVDQFluxTransformer2DModel)
-        if ours:
-            model.set_cuda_graphs(False)
-        model(**inputs)
-        before = _allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        model(**inputs)
-        extra = torch.cuda.max_memory_allocated(self._device) - before
-        memory["peak"] = candidate.weights_gib + extra / 2**30
-        if ours and candidate.settings["graph"]:
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved(self._device)
-            model.set_cuda_graphs(True)
-            for _ in range(3):
-                model(**inputs)
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
-            extra = torch.cuda.memory_reserved(self._device) - before
-            memory["peak_graph"] = candidate.weights_gib + extra / 2**30
-            model.set_cuda_graphs(True)
-        self._say(f"memory of {candidate.variant}, {case.name}: " + _gib(memory))
-        return memory
+        graph = bool(candidate.settings["graph"])
+        found = memory.step_memory(candidate.model, self._inputs(case), candidate.weights_gib, graph, self._device)
+        self._say(f"memory of {candidate.variant}, {case.name}: {memory.described(found)}")
+        return found
 
     def _case(
         self,
         case: StepCase,
         ours: Sequence[_Candidate],
         baselines: Mapping[str, _Candidate],
-        memory: dict[tuple[str, StepCase], dict[str, float]],
+        held: dict[tuple[str, StepCase], dict[str, float]],
     ) -> Iterator[dict[str, Any]]:
         if any(candidate.settings.get("compiled") for candidate in baselines.values()):
             torch.compiler.reset()  # every case is compiled for its own shapes, and counts towards no limit
@@ -304,7 +187,7 @@ class StepBench:
         everyone = {**{c.variant: c for c in ours}, **baselines}
         steps = {name: _step(candidate.model, inputs) for name, candidate in everyone.items()}
         for candidate in baselines.values():
-            memory[candidate.variant, case] = self._memory(candidate, case)
+            held[candidate.variant, case] = self._memory(candidate, case)
         self._say(f"{case.name}: {self._request.runs} runs of {len(steps)} candidates in turn")
         timings = interleaved({name: [step] for name, step in steps.items()}, self._request.runs, self._device)
         reference = {name: timings[name] for name in baselines}
@@ -332,7 +215,7 @@ class StepBench:
                 timing=timings[name],
                 device=self._device,
                 baselines=reference,
-                memory_gib=memory[candidate.variant, case],
+                memory_gib=held[candidate.variant, case],
                 parts=shares,
                 floor=floor,
             )
@@ -384,14 +267,3 @@ def _step(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
         return output
 
     return step
-
-
-def _gib(memory: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items()) + " GiB"
-
-
-def variants(
-    weights: Sequence[str], activations: str | None, rank: int, graph: bool, device: torch.device
-) -> list[Variant]:
-    """One for each residency of the weights."""
-    return [Variant(w, activations or default_activations(device), rank, graph) for w in weights]

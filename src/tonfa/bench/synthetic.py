@@ -116,11 +116,11 @@ def _fill_svdq(layer: SVDQLinear, generator: torch.Generator) -> None:
     k, rank = layer.in_features, max(1, layer.rank)
     layer.qweight.random_(0, 256, generator=generator)
     layer.wscales.uniform_(0.05, 0.15, generator=generator).mul_(k**-0.5)
-    layer.smooth_factor.uniform_(0.5, 1.5, generator=generator)
+    layer.smooth_factor.uniform_(0.3, 2.0, generator=generator)
     layer.smooth_factor[outlier_channels(k)] *= _OUTLIER**0.5
     layer.proj_down.normal_(generator=generator).mul_(k**-0.5)
     layer.proj_up.normal_(generator=generator).mul_(0.5 * rank**-0.5)
-    layer.bias.normal_(generator=generator).mul_(0.1)
+    layer.bias.normal_(generator=generator).mul_(0.3)
 
 
 def _fill_w4a16(layer: W4A16Linear, generator: torch.Generator) -> None:

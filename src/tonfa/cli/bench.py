@@ -105,7 +105,8 @@ def step(
     quieten_libraries()
     from tonfa.bench.dense import DENSE_BASELINES, EAGER
     from tonfa.bench.models import configuration
-    from tonfa.bench.step import BASELINES, RANK_0, StepBench, StepCase, StepRequest, variants
+    from tonfa.bench.step import BASELINES, RANK_0, StepBench, StepCase, StepRequest
+    from tonfa.bench.variant import variants
 
     known(baseline, BASELINES, "--baseline")
     known(weights, WEIGHTS, "--weights")
@@ -362,20 +363,23 @@ def finish(
     file = out or results_file(device)
     if not dry_run:
         check_writable(file)
-    seen = []
-    for line in records:
-        seen.append(line)
-        enough = line["runs"] >= ENOUGH_RUNS.get(line["bench"], 1)
-        if not dry_run and enough:
-            append(file, line)
-        elif not dry_run:
-            say(f"not recorded, {line['runs']} runs are too few: {line['variant']}")
+    seen: list[Mapping[str, Any]] = []
+    try:
+        for line in records:
+            seen.append(line)
+            if dry_run:
+                continue
+            if line["runs"] >= ENOUGH_RUNS.get(line["bench"], 1):
+                append(file, line)
+            else:
+                say(f"not recorded, {line['runs']} runs are too few: {line['variant']}")
+    finally:  # cases that were finished are shown even if a later one fails
+        console = Console(markup=False, highlight=False)
+        if not console.is_terminal:
+            console.width = FILE_WIDTH
+        print_records(seen, console)
     if not dry_run:
         say(f"records in {file}")
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    print_records(seen, console)
 
 
 def check_writable(file: Path) -> None:
