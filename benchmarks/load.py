@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory import CONFIG, resident_gib
-from protocol import Timing, append, record, results_file
+from memory import resident_gib
 from tonfa import SVDQFluxTransformer2DModel
+from tonfa.bench.protocol import Timing, append, record, results_file
+from tonfa.bench.synthetic import FULL
 from tonfa.checkpoint.shards import write_tensors
 from tonfa.checkpoint.strict import Spec
 from tonfa.models.flux.nunchaku import packed_tensors
@@ -59,7 +60,7 @@ class RandomTensors(Mapping[str, Tensor]):
 def make(path: Path, rank: int) -> None:
     """Write a checkpoint with the names, shapes and dtypes of the published one."""
     with torch.device("meta"):
-        model = SVDQFluxTransformer2DModel(**CONFIG, quantization_config={"rank": rank})
+        model = SVDQFluxTransformer2DModel(**FULL, quantization_config={"rank": rank})
     copies = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     packed = packed_tensors(flux_plan(DIMS), rank, torch.bfloat16, "v1", copies).values()
     spec = {tensor.name: (tensor.shape, tensor.dtype) for tensor in packed}

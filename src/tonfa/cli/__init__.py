@@ -1,4 +1,4 @@
-"""The `tonfa` command: `generate`, `quantize`, `inspect`, `convert`, `verify`, `doctor`.
+"""The `tonfa` command: `generate`, `quantize`, `inspect`, `convert`, `verify`, `doctor`, `bench`.
 
 One file a command; heavy imports happen inside of them.
 """

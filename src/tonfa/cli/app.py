@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tonfa.cli.bench import app as bench
 from tonfa.cli.convert import convert
 from tonfa.cli.doctor import doctor
 from tonfa.cli.generate import generate
@@ -45,6 +46,7 @@ app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
 app.command()(doctor)
+app.add_typer(bench)
 
 
 def main() -> None:

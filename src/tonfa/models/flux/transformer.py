@@ -68,7 +68,7 @@ _MAY_BE_0 = ("num_layers", "num_single_layers")
 
 def _linear_factory(rank: int | None) -> Any:
     def svdq(in_features: int, out_features: int, unsigned: bool = False) -> FusedLinear:
-        return SVDQLinear(in_features, out_features, rank or DEFAULT_RANK, unsigned=unsigned)
+        return SVDQLinear(in_features, out_features, DEFAULT_RANK if rank is None else rank, unsigned=unsigned)
 
     def dense(in_features: int, out_features: int, unsigned: bool = False) -> FusedLinear:
         return DenseLinear(in_features, out_features)

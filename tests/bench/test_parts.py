@@ -1,0 +1,76 @@
+"""Kernels by part, and the floors."""
+
+from __future__ import annotations
+
+import pytest
+from bench_cases import H200
+
+from tonfa.bench.ceilings import Ceilings
+from tonfa.bench.parts import IDLE, PARTS, by_part, classify, described, floors
+from tonfa.bench.synthetic import FULL
+from tonfa.bench.work import flux_work
+
+KERNELS = {
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0": "attention",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>": "attention",
+    "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)": "attention",
+    "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_bias_TNN": "products",
+    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas": "products",
+    "void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<...>>": "products",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float>": "products",
+    "product_gelu_quantize_kernel": "products",
+    "_product_norm_rope": "products",
+    "expand_int4_to_fp8": "expand",
+    "_widen_kernel": "expand",
+    "_quantize_rows": "quantize",
+    "norm_modulate_quantize_kernel": "quantize",
+    "w4a16_kernel": "modulation",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor>": "rest",
+    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>": "rest",
+    "Memcpy DtoD (Device -> Device)": "rest",
+}
+
+
+@pytest.mark.parametrize(("kernel", "part"), KERNELS.items())
+def test_classification(kernel: str, part: str) -> None:
+    assert classify(kernel) == part
+
+
+def test_times_of_a_part_add_up() -> None:
+    sums = by_part([("nvjet_a", 1.5), ("gemm_b", 2.0), ("w4a16", 0.25), ("copy", 4.0)])
+    assert sums == {**dict.fromkeys(PARTS, 0.0), "products": 3.5, "modulation": 0.25, "rest": 4.0}
+
+
+WORK = flux_work(FULL, 1024, 1024, 1, 512, 32)
+
+
+def test_floors_of_flux_on_an_h200() -> None:
+    least = {name: value for name, (value, _) in floors(WORK, H200, "int4", "fp8").items()}
+    assert least["products"] == pytest.approx(59.49e12 / 1371e12 * 1e3 + 0.826e12 / 782e12 * 1e3, rel=1e-3)
+    assert least["attention"] == pytest.approx(24.4, abs=0.1)
+    assert least["expand"] == pytest.approx(1.07, abs=0.01)  # 4.57 GB once
+    assert least["quantize"] == pytest.approx(3.58, abs=0.01)  # 15.3 GB
+    assert least["modulation"] == pytest.approx(0.42, abs=0.01)
+    assert least[IDLE] == 0
+
+
+def test_rate_follows_the_activations_and_expansion_the_residency() -> None:
+    def products(activations: str) -> float:
+        return floors(WORK, H200, "fp8", activations)["products"][0]
+
+    assert products("fp8") < products("none") < products("int8")
+    assert floors(WORK, H200, "fp8", "fp8")["expand"][0] == 0
+    assert floors(WORK, H200, "int4", "int4")["expand"][0] == 0
+    without = Ceilings(bandwidth=1e12, bf16=100e12, fp8=None, int8=None, attention=1e12)
+    assert floors(WORK, without, "int4", "fp8")["products"][1].count("BF16") == 2
+
+
+def test_parts_of_a_record_sum_to_the_step() -> None:
+    least = floors(WORK, H200, "int4", "fp8")
+    parts, floor = described([("nvjet", 50.0), ("flash", 25.0), ("other", 5.0)], 90.0, least)
+    assert list(parts) == list(PARTS)
+    assert sum(part["value"] for part in parts.values()) == pytest.approx(90.0)
+    assert parts[IDLE]["value"] == 10.0 and parts["products"]["value"] == 50.0
+    assert floor["value"] == pytest.approx(sum(part["floor"] for part in parts.values()), abs=1e-3)
+    assert "59.5 TFLOP at 1371 TFLOP/s (FP8 row-wise)" in floor["why"]
+    assert "0.00" not in parts["attention"]["why"]
