@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tonfa.bench.models import transformer_folder
 from tonfa.bench.protocol import Say, interleaved, record
-from tonfa.checkpoint.tensors import read_json
+from tonfa.checkpoint.reading import read_json
 from tonfa.dispatch import default_activations
 from tonfa.errors import CheckpointError, TonfaError, UnsupportedError
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from tonfa.bench.synthetic import DEMO, FULL, quantized_model
-from tonfa.checkpoint.tensors import read_json
+from tonfa.checkpoint.reading import read_json
 from tonfa.errors import CheckpointError
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.quantize.recipe import Recipe
