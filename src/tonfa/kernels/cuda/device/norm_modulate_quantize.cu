@@ -36,19 +36,23 @@ __device__ inline float2 mean_and_inverse_deviation(const u16* x, int channels, 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 norm_modulate_quantize(const __grid_constant__ Quantize p, const __grid_constant__ Norm norm) {
     __shared__ float2 moments[ROWS];
+    __shared__ int images[ROWS];
     const int channels = p.out.channels;
     for (int i = threadIdx.x / 32; i < ROWS; i += WARPS) {
         const int row = blockIdx.x * ROWS + i;
         if (row >= p.rows) break;
         const float2 found =
             mean_and_inverse_deviation(norm.x + static_cast<size_t>(row) * channels, channels, norm.epsilon);
-        if (threadIdx.x % 32 == 0) moments[i] = found;
+        if (threadIdx.x % 32 == 0) {
+            moments[i] = found;
+            images[i] = row / norm.length;
+        }
     }
     __syncthreads();
     quantize_rows(p, [&](int row, int k) {
         if (row >= p.rows) return make_uint4(0, 0, 0, 0);
         const float2 moment = moments[row % ROWS];
-        const size_t image = static_cast<size_t>(row / norm.length) * channels + k;
+        const size_t image = static_cast<size_t>(images[row % ROWS]) * channels + k;
         const uint4 x = load8(norm.x + static_cast<size_t>(row) * channels + k, true);
         const uint4 scale = load8(norm.scale + image, true), shift = load8(norm.shift + image, true);
         const auto modulate = [&](u32 v, u32 times, u32 plus) {

@@ -11,7 +11,7 @@ product(const __grid_constant__ Product p, const __grid_constant__ Output out) {
     if (place.row0 >= p.rows) return;
     Tile y;
     compute_tile<UNSIGNED>(p, place, y);
-    for_outputs(p, place, y, [&](int row, int column, uint4 words) {
-        store8(out.y + static_cast<size_t>(row) * p.columns + column, words);
-    });
+    for_outputs(
+        p, place, y, [&](int row) { return out.y + static_cast<size_t>(row) * p.columns; },
+        [](u16* line, int column, uint4 words) { store8(line + column, words); });
 }

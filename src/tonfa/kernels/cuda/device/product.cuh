@@ -237,13 +237,14 @@ __device__ inline void add_lowrank(const Product& p, Place place, Sums& sums) {
 // A lane's outputs in 16 bits: y[r][b][j], r of `lane_tile_row`, channels 32 b + 8 q + 2 j and the next in a word.
 using Tile = u32[4][4][4];
 
+// All threads of the block must have met since the tile before.
+
 template <bool Unsigned>
 __device__ inline void compute_tile(const Product& p, Place place, Tile& y) {
     __shared__ __align__(128) Stage stages[STAGES];
     const int groups = p.channels / 64;
     Sums sums = {};
 
-    __syncthreads();  // another tile of this block may still be read
     Copies copies(p, place);
     for (int group = 0; group < STAGES - 1; group++) {
         if (group < groups) copies.next(p, stages[group]);
@@ -274,18 +275,20 @@ __device__ inline void compute_tile(const Product& p, Place place, Tile& y) {
     }
 }
 
-// Call `store(row, column, words)` for each eight outputs of this lane that exist.
-template <class Store>
-__device__ inline void for_outputs(const Product& p, Place place, const Tile& y, const Store& store) {
+// Call `store(line, column, words)` for each eight outputs of this lane that exist, with `line = line_of(row)`.
+template <class LineOf, class Store>
+__device__ inline void for_outputs(const Product& p, Place place, const Tile& y, const LineOf& line_of,
+                                   const Store& store) {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         const int row = place.row0 + lane_tile_row(r);
+        if (row >= p.rows) return;
+        const auto line = line_of(row);
 #pragma unroll
         for (int b = 0; b < 4; b++) {
             const int column = place.column0 + 32 * b + 8 * lane_quarter();
-            if (row < p.rows && column < p.columns) {
-                store(row, column, make_uint4(y[r][b][0], y[r][b][1], y[r][b][2], y[r][b][3]));
-            }
+            if (column >= p.columns) break;
+            store(line, column, make_uint4(y[r][b][0], y[r][b][1], y[r][b][2], y[r][b][3]));
         }
     }
 }

@@ -18,11 +18,16 @@ product_gate_residual(const __grid_constant__ Product p, const __grid_constant__
         return T::pack(T::finite(fmaf(T::low(gate), T::low(word), T::low(residual))),
                        T::finite(fmaf(T::high(gate), T::high(word), T::high(residual))));
     };
-    for_outputs(p, place, y, [&](int row, int column, uint4 words) {
-        const size_t at = static_cast<size_t>(row) * p.columns + column;
-        const uint4 residual = load8(e.residual + at, true);
-        const uint4 gate = load8(e.gate + static_cast<size_t>(row / e.length) * p.columns + column, true);
-        store8(e.out + at, make_uint4(add(residual.x, gate.x, words.x), add(residual.y, gate.y, words.y),
+    struct Line {
+        size_t output, gate;
+    };
+    const auto line_of = [&](int row) {
+        return Line{static_cast<size_t>(row) * p.columns, static_cast<size_t>(row / e.length) * p.columns};
+    };
+    for_outputs(p, place, y, line_of, [&](Line line, int column, uint4 words) {
+        const uint4 residual = load8(e.residual + line.output + column, true);
+        const uint4 gate = load8(e.gate + line.gate + column, true);
+        store8(e.out + line.output + column, make_uint4(add(residual.x, gate.x, words.x), add(residual.y, gate.y, words.y),
                                       add(residual.z, gate.z, words.z), add(residual.w, gate.w, words.w)));
     });
 }

@@ -61,9 +61,10 @@ product_norm_rope(const __grid_constant__ Product p, const __grid_constant__ Hea
             norm_rotate(y[r], which == 0 ? e.norm_q : e.norm_k, e.cos + at, e.sin + at, e.epsilon);
         }
     }
-    for_outputs(p, place, y, [&](int row, int column, uint4 words) {
+    const auto line_of = [&](int row) {
         const int image = row / e.length, token = row % e.length;
-        const size_t line = ((static_cast<size_t>(which) * batch + image) * e.heads + head) * e.length + token;
-        store8(e.out + line * TILE + column % TILE, words);
-    });
+        return e.out + (((static_cast<size_t>(which) * batch + image) * e.heads + head) * e.length + token) * TILE;
+    };
+    for_outputs(p, place, y, line_of,
+                [](u16* line, int column, uint4 words) { store8(line + column % TILE, words); });
 }
