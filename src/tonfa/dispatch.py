@@ -17,11 +17,12 @@ from torch import Tensor
 from tonfa.errors import UnsupportedError
 from tonfa.kernels import dense, reference
 from tonfa.kernels.cpu import backend as cpu
+from tonfa.kernels.cuda import backend as cuda
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
 from tonfa.ops.table import OPS, Backend
 
-BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, reference.BACKEND)
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, reference.BACKEND)
 """In order of preference."""
 
 
@@ -104,6 +105,8 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
         if backend is not None and candidate.name != backend:
             continue
         reason = _reason_against(candidate, device, policy)
+        if reason is None and backend is None:
+            reason = candidate.reason_to_wait(device)
         if reason is None:
             return _kernels(candidate, policy)
         reasons.append(f"{candidate.name}: {reason}")
@@ -115,7 +118,7 @@ def report(device: torch.device, activations: str) -> list[Availability]:
     policy = parse_activations(activations)
     rows = []
     for backend in BACKENDS:
-        reason = _reason_against(backend, device, policy)
+        reason = _reason_against(backend, device, policy) or backend.reason_to_wait(device)
         present = set() if reason else set(backend.table(policy))
         for op in OPS:
             note = reason or ("kernel" if op in present else "composed of quantize and product")

@@ -23,3 +23,7 @@ class CheckpointError(TonfaError, ValueError):
 
 class UnsupportedError(TonfaError, ValueError):
     """A known request that cannot be served here: an option, a device, a size, a combination of them."""
+
+
+class KernelError(TonfaError, RuntimeError):
+    """A kernel could not be compiled, loaded or started; the message holds its name, the device and the log."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from tonfa.cli.doctor import cpu_name, int8_is_exact
 from tonfa.dispatch import BACKENDS, report
+from tonfa.kernels.cuda import compiler
+from tonfa.kernels.cuda.product_gelu_quantize import add_kernel
 from tonfa.ops.table import OPS
 
 
@@ -51,3 +54,26 @@ def test_wrong_int8_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("torch._int_mm", saturating)
     assert not int8_is_exact()
+
+
+@pytest.mark.skipif(compiler.problem() is not None, reason=compiler.problem() or "")
+def test_kernels_are_compiled_without_a_gpu(tonfa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TONFA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tonfa.kernels.cuda.catalog.kernels", lambda: [add_kernel()])
+    first, second = (tonfa("doctor", "--device", "cpu", "--compile", "--arch", "86", "--json") for _ in range(2))
+    compiled = [json.loads(result.stdout)["compiled"] for result in (first, second)]
+    for facts, cached in zip(compiled, (False, True), strict=True):
+        (row,) = facts["kernels"]
+        assert facts["architecture"] == "sm_86" and facts["cache"] == str(tmp_path / "kernels")
+        assert row["kernel"] == "add_partials[]" and row["cached"] == cached and row["bytes"] > 1000
+    table = tonfa("doctor", "--device", "cpu", "--compile", "--arch", "86").stdout
+    assert "Compiled for sm_86 by NVRTC" in table and "1 kernels, 0 compiled now in 0.0 s" in table
+
+
+def test_compiling_needs_a_gpu_or_an_architecture(tonfa, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "problem", lambda: None)
+    result = tonfa("doctor", "--device", "cpu", "--compile")
+    assert result.exit_code == 1 and "cpu is no NVIDIA GPU; name an architecture, such as --arch 86" in result.stderr
+    assert "give both" in tonfa("doctor", "--arch", "86").stderr
+    monkeypatch.setattr(compiler, "problem", lambda: "no compiler")
+    assert "--compile: no compiler" in tonfa("doctor", "--compile", "--arch", "86").stderr

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,18 +16,36 @@ import typer
 
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.options import ActivationsOption, DeviceOption, parse_device
+from tonfa.errors import UnsupportedError
 from tonfa.version import __version__
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface-hub", "triton", "numba")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface-hub",
+    "triton",
+    "numba",
+    "cuda-bindings",
+)
 
 
 @command(interrupted="nothing was changed")
 def doctor(
     device: DeviceOption = "auto",
     activations: ActivationsOption = None,
+    compile_kernels: Annotated[
+        bool, typer.Option("--compile", help="Compile all kernels of the CUDA backend, and time it.")
+    ] = False,
+    arch: Annotated[
+        int | None, typer.Option(help="With --compile: for this architecture (86 is sm_86) instead of the GPU's own.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -36,9 +55,14 @@ def doctor(
 
     ```
     tonfa doctor --device cpu --activations int8
+    tonfa doctor --compile --arch 86
     ```
     """
     facts = examine(device, activations)
+    if compile_kernels:
+        facts["compiled"] = compile_all(device, arch)
+    elif arch is not None:
+        raise UnsupportedError("--arch chooses what --compile compiles for; give both")
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
@@ -70,6 +94,37 @@ def examine(device: str, activations: str | None) -> dict[str, Any]:
         "default_activations": default,
         "activations": policy,
         "operations": [asdict(row) for row in report(place, policy)],
+    }
+
+
+def compile_all(device: str, arch: int | None) -> dict[str, Any]:
+    """Compile every kernel of the CUDA backend, or find it in the cache: what was built for what, and how long it took.
+
+    Raises UnsupportedError without NVRTC, and without a GPU unless `arch` names an architecture.
+    """
+    from tonfa.kernels.cuda import cache, compiler
+    from tonfa.kernels.cuda.catalog import kernels
+    from tonfa.kernels.cuda.kernel import build
+    from tonfa.kernels.cuda.launch import architecture
+
+    if problem := compiler.problem():
+        raise UnsupportedError(f"--compile: {problem}")
+    if arch is None:
+        place = parse_device(device)
+        if place.type != "cuda":
+            raise UnsupportedError(f"--compile: {place} is no NVIDIA GPU; name an architecture, such as --arch 86")
+        arch = architecture(place)
+    built = []
+    for kernel in kernels():
+        start = time.perf_counter()
+        code, cached = build(kernel, arch)
+        seconds = time.perf_counter() - start
+        built.append({"kernel": str(kernel), "bytes": len(code), "cached": cached, "seconds": seconds})
+    return {
+        "architecture": f"sm_{arch}",
+        "compiler": f"NVRTC {compiler.compiler_version()}",
+        "cache": str(cache.directory()),
+        "kernels": built,
     }
 
 
@@ -140,6 +195,20 @@ def _print(facts: dict[str, Any]) -> None:
     for row in facts["operations"]:
         table.add_row(row["op"], row["backend"], _runs(row))
     console.print(table)
+    if "compiled" in facts:
+        _print_compiled(console, facts["compiled"])
+
+
+def _print_compiled(console: Console, compiled: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("kernel", "bytes", "seconds", box=None, pad_edge=False, header_style="bold")
+    for row in compiled["kernels"]:
+        table.add_row(row["kernel"], str(row["bytes"]), "cached" if row["cached"] else f"{row['seconds']:.2f}")
+    console.print(f"\nCompiled for {compiled['architecture']} by {compiled['compiler']}, kept in {compiled['cache']}")
+    console.print(table)
+    fresh = [row["seconds"] for row in compiled["kernels"] if not row["cached"]]
+    console.print(f"{len(compiled['kernels'])} kernels, {len(fresh)} compiled now in {sum(fresh):.1f} s")
 
 
 def _runs(row: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def activation_format(activations: Activations, unsigned: bool) -> Format | None
 class QuantizedActivation:
     """A linear's input in the form that its product reads; rows are the flattened leading dimensions."""
 
-    codes: Tensor  # (M, K) codes of the format, or (M, K) float where activations are not quantized
+    codes: Tensor  # (M, K) codes, or (M, K/2) as the format packs them; (M, K) float where not quantized
     scales: Tensor | None  # (M, K/G) or (M, 1); None where activations are not quantized
     lowrank: Tensor | None  # (M, R) float32: x proj_down; None for a dense linear
     dtype: torch.dtype  # 16-bit dtype of the input, which the product returns

@@ -37,3 +37,5 @@ class Backend:
     reason_against: Callable[[torch.device], str | None]
     """None if it can run on this device, otherwise why not and what would help."""
     table: Callable[[Activations], Mapping[str, Callable[..., Any]]]
+    reason_to_wait: Callable[[torch.device], str | None] = lambda device: None
+    """Why it is taken on this device only if it is asked for by name, although it can run; None if it need not be."""

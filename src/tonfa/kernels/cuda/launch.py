@@ -1,0 +1,85 @@
+"""Loading kernels and starting them on torch's current stream.
+
+A kernel is loaded once for each device, outside of what a CUDA graph that is being captured may forbid; a launch itself
+is what a graph records. Whoever calls has checked shapes, dtypes and alignment: see `contract.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tonfa.errors import KernelError
+from tonfa.kernels.cuda.kernel import Kernel, Struct, build
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _done(result: tuple[Any, ...], what: str) -> Any:
+    if int(result[0]) != 0:
+        raise KernelError(f"{what} failed: {result[0].name}")
+    return result[1] if len(result) > 1 else None
+
+
+def architecture(device: torch.device) -> int:
+    """86 for sm_86."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@lru_cache(maxsize=256)
+def _library(kernel: Kernel, target: int) -> Any:
+    driver = _driver()
+    code, _ = build(kernel, target)
+    what = f"loading {kernel} for sm_{target}"
+    return _done(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), what)
+
+
+@lru_cache(maxsize=1024)
+def _function(kernel: Kernel, index: int) -> Any:
+    """The kernel in the context of device `index`, which must be the current one."""
+    driver = _driver()
+    before = _done(
+        driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED),
+        "preparing to load a kernel",
+    )
+    try:
+        library = _library(kernel, architecture(torch.device("cuda", index)))
+        found = _done(driver.cuLibraryGetKernel(library, kernel.name.encode()), f"finding {kernel}")
+        return _done(driver.cuKernelGetFunction(found), f"loading {kernel} on cuda:{index}")
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
+
+
+def _make_context_current(index: int) -> None:
+    """A thread that used torch for nothing yet has no context, although torch calls the device current."""
+    driver = _driver()
+    if int(_done(driver.cuCtxGetCurrent(), "reading the current context")) == 0:
+        device = _done(driver.cuDeviceGet(index), f"finding cuda:{index}")
+        context = _done(driver.cuDevicePrimaryCtxRetain(device), f"starting cuda:{index}")
+        _done(driver.cuCtxSetCurrent(context), f"selecting cuda:{index}")
+
+
+def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], *parameters: Struct) -> None:
+    """Start the kernel with `grid` blocks on the current stream of `device`. Raises KernelError if that fails."""
+    if tuple(type(p) for p in parameters) != kernel.parameters:
+        raise TypeError(f"{kernel} takes {', '.join(p.__name__ for p in kernel.parameters)}")
+    driver = _driver()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    pointers = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
+    x, y, z = (*grid, 1, 1)[:3]
+    with torch.cuda.device(index):
+        _make_context_current(index)
+        function = _function(kernel, index)
+        stream = torch.cuda.current_stream(index).cuda_stream
+        result = driver.cuLaunchKernel(
+            function, x, y, z, kernel.threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
+        )
+    _done(result, f"starting {kernel} with {x} x {y} x {z} blocks on cuda:{index}")

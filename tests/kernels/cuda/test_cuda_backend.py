@@ -1,0 +1,98 @@
+"""Where the CUDA backend is chosen, and what it says where it is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tonfa import dispatch
+from tonfa.errors import UnsupportedError
+from tonfa.kernels.cuda import compiler
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[int, int]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(compiler, "problem", lambda: None)
+    return request.param
+
+
+def note(activations: str = "int4", device: torch.device = GPU) -> tuple[bool, str]:
+    (row,) = (r for r in dispatch.report(device, activations) if (r.backend, r.op) == ("cuda", "product"))
+    return row.runs, row.note
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)], indirect=True)
+def test_int4_is_its_own_where_tensor_cores_have_it(capability: tuple[int, int]) -> None:
+    kernels = dispatch.bind(GPU, "int4")
+    assert kernels.backend == "cuda" and note() == (True, "kernel")
+    assert dispatch.bind(GPU, "int8").backend != "cuda"
+    assert note("int8") == (False, "activations='int8' is not among its int4")
+
+
+@pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
+def test_where_int4_is_emulated_it_must_be_asked_for(capability: tuple[int, int]) -> None:
+    assert dispatch.bind(GPU, "int4").backend != "cuda"
+    assert dispatch.bind(GPU, "int4", backend="cuda").backend == "cuda"
+    assert note() == (False, "only if asked for by backend='cuda': sm_90 emulates INT4 products, exact but slow")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (10, 0), (12, 0)], indirect=True)
+def test_other_architectures_are_refused(capability: tuple[int, int]) -> None:
+    with pytest.raises(UnsupportedError, match="has no INT4 tensor cores .* choose activations='int8'"):
+        dispatch.bind(GPU, "int4", backend="cuda")
+
+
+@pytest.mark.parametrize("capability", [(8, 6)], indirect=True)
+def test_without_a_compiler_the_next_backend_is_taken(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "cuda-bindings is not installed: pip install 'tonfa[cuda]'"
+    monkeypatch.setattr(compiler, "problem", lambda: reason)
+    assert dispatch.bind(GPU, "int4").backend != "cuda" and note() == (False, reason)
+
+
+def test_it_computes_on_no_other_device() -> None:
+    assert note(device=torch.device("cpu")) == (False, "it computes on NVIDIA GPUs, not on cpu")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_a_pytorch_without_cuda_is_said() -> None:
+    runs, text = note()
+    assert not runs and "this build of PyTorch has no CUDA" in text
+
+
+def test_what_is_wrong_with_the_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise RuntimeError("libnvrtc.so.13 not found\nsearched everywhere")
+
+    def missing() -> str:
+        raise ModuleNotFoundError("No module named 'cuda'")
+
+    for function, expected in (
+        (broken, "NVRTC cannot be loaded (libnvrtc.so.13 not found)"),
+        (missing, "cuda-bindings"),
+    ):
+        monkeypatch.setattr(compiler, "compiler_version", function)
+        compiler.problem.cache_clear()
+        assert (compiler.problem() or "").startswith(expected) and "pip install 'tonfa[cuda]'" in compiler.problem()
+    compiler.problem.cache_clear()
+
+
+def test_importing_tonfa_and_its_kernels_needs_none_of_it() -> None:
+    code = """
+import sys
+sys.modules["cuda"] = None
+import tonfa, tonfa.dispatch, tonfa.kernels.cuda.catalog, tonfa.kernels.cuda.launch
+assert len(tonfa.kernels.cuda.catalog.kernels()) > 20
+from tonfa.kernels.cuda import compiler
+print(compiler.problem())
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "cuda-bindings is not installed: pip install 'tonfa[cuda]'", done.stderr

@@ -1,0 +1,144 @@
+"""Every kernel compiled for every architecture, without a GPU: its instructions and its resources.
+
+Needs NVRTC, cuobjdump and nvdisasm (the `dev` extra), and is skipped where they are missing.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sysconfig
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tonfa.errors import KernelError
+from tonfa.kernels.cuda import compiler
+from tonfa.kernels.cuda.catalog import kernels
+from tonfa.kernels.cuda.kernel import Kernel, build
+
+NATIVE = (80, 86, 89)
+SHARED_BYTES_OF_A_PROCESSOR = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10}
+REGISTERS_OF_A_PROCESSOR = 65536
+
+
+@lru_cache(maxsize=4)
+def tool(name: str) -> Path | None:
+    """A disassembler from NVIDIA's packages, or the one that Triton carries."""
+    folders = list(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
+    triton = find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
+pytestmark = [
+    pytest.mark.skipif(compiler.problem() is not None, reason=compiler.problem() or ""),
+    pytest.mark.skipif(tool("nvdisasm") is None or tool("cuobjdump") is None, reason="no cuobjdump and nvdisasm"),
+]
+
+CASES = [(kernel, arch) for arch in (*NATIVE, 90) for kernel in kernels([torch.bfloat16])]
+CASES += [(kernel, 86) for kernel in kernels([torch.float16])[1:]]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    instructions: Counter[str]
+    registers: int
+    stack: int
+    shared: int
+
+
+def machine_code(kernel: Kernel, architecture: int, folder: Path) -> MachineCode:
+    path = folder / "kernel.cubin"
+    path.write_bytes(build(kernel, architecture)[0])
+
+    def run(name: str, *options: str) -> str:
+        return subprocess.run([str(tool(name)), *options, str(path)], capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", run("cuobjdump", "--dump-resource-usage")))
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", run("nvdisasm", "-c"), re.M)
+    return MachineCode(Counter(lines), int(usage["REG"]), int(usage["STACK"]), int(usage["SHARED"]))
+
+
+@pytest.mark.parametrize(("kernel", "architecture"), CASES, ids=lambda value: str(value))
+def test_kernel(kernel: Kernel, architecture: int, tmp_path: Path) -> None:
+    code = machine_code(kernel, architecture, tmp_path)
+    values = dict(kernel.defines)
+    count = {
+        kind: sum(n for name, n in code.instructions.items() if name.startswith(kind))
+        for kind in ("IMMA.16864", "IMMA", "HMMA.16816", "LDL", "STL", "LDGSTS", "LDSM", "ATOM", "RED.")
+    }
+    assert count["ATOM"] == count["RED."] == 0
+    assert count["LDL"] == count["STL"] == code.stack == 0, "registers are spilled"
+    assert code.registers <= 255
+
+    if kernel.name.startswith("product"):
+        kind = "IMMA.16864.U4.S4" if values["UNSIGNED"] == "true" else "IMMA.16864.S4.S4"
+        if architecture in NATIVE:
+            assert code.instructions[kind] == count["IMMA.16864"] == count["IMMA"] == 32
+            for what, used in (("registers", code.registers * kernel.threads), ("shared", code.shared + 1024)):
+                limit = SHARED_BYTES_OF_A_PROCESSOR[architecture] if what == "shared" else REGISTERS_OF_A_PROCESSOR
+                assert 2 * used <= limit, f"{what} leave no room for two blocks on a processor"
+        else:
+            assert count["IMMA.16864"] == 0, "this architecture has no INT4 instruction: it is emulated"
+        assert count["LDSM"] == 10 and count["LDGSTS"] >= 25 and count["HMMA.16816"] >= 32
+    if "RANK_CHUNK" in values:
+        blocks = 2 if values["RANK_CHUNK"] == "32" else 1
+        assert blocks * code.registers * kernel.threads <= REGISTERS_OF_A_PROCESSOR
+        assert count["HMMA.16816"] == int(values["RANK_CHUNK"])
+
+
+def test_the_main_loop_is_bound_by_tensor_cores(tmp_path: Path) -> None:
+    """An INT4 instruction occupies a quarter of an sm_86 or sm_89 processor for 16 cycles, any other at least one."""
+    kernel = next(k for k in kernels([torch.bfloat16]) if k.name == "product")
+    for architecture in (86, 89):
+        loop = main_loop(kernel, architecture, tmp_path)
+        assert loop["IMMA"] == 32 and loop["FFMA"] == 256
+        assert sum(loop.values()) < 0.85 * 16 * loop["IMMA"]
+
+
+def main_loop(kernel: Kernel, architecture: int, folder: Path) -> Counter[str]:
+    """Instructions of the smallest loop around all INT4 instructions."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(build(kernel, architecture)[0])
+    text = subprocess.run([str(tool("nvdisasm")), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(re.sub(r"^@!?U?P\w+\s+", "", found[1]))
+    imma = [i for i, line in enumerate(lines) if line.startswith("IMMA")]
+    loops = []
+    for i, line in enumerate(lines):
+        target = re.match(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if target and labels[target[1]] <= imma[0] and i >= imma[-1]:
+            loops.append((i - labels[target[1]], labels[target[1]], i))
+    _, start, end = min(loops)
+    return Counter(re.split(r"[. ]", line)[0] for line in lines[start : end + 1])
+
+
+def test_errors_name_kernel_architecture_and_log() -> None:
+    with pytest.raises(KernelError, match=r"(?s)broken does not compile for sm_86.*identifier .nonsense. is undefined"):
+        compiler.compile_cubin("broken", "__global__ void broken() { nonsense(); }", {}, [], 86)
+    with pytest.raises(KernelError, match="fine does not compile for sm_12"):
+        compiler.compile_cubin("fine", "__global__ void fine() {}", {}, [], 12)
+
+
+def test_structs_of_host_and_device_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tonfa.kernels.cuda import w4a16
+
+    class W4A16(w4a16.Struct):
+        _fields_ = list(reversed(w4a16.W4A16._fields_))  # noqa: RUF012
+
+    kernel = w4a16.kernel(torch.bfloat16)
+    wrong = Kernel(kernel.name, kernel.defines, (W4A16,), kernel.threads)
+    with pytest.raises(KernelError, match="W4A16 of the host differs"):
+        build(wrong, 86)
