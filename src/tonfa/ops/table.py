@@ -34,6 +34,6 @@ class Backend:
 
     name: str
     activations: tuple[Activations, ...]
-    reason_against: Callable[[torch.device], str | None]
-    """None if it can run on this device, otherwise why not and what would help."""
+    reason_against: Callable[[torch.device, Activations], str | None]
+    """None if it can run on this device with this policy, otherwise why not and what would help."""
     table: Callable[[Activations], Mapping[str, Callable[..., Any]]]
