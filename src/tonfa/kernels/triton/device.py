@@ -99,5 +99,5 @@ def reciprocal_or_zero(scale):
 
 @triton.jit
 def gelu(x):
-    """GELU in its tanh form: x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
-    return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    """GELU in its tanh form: x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), the sigmoid 0 at exp(-80)."""
+    return x * tl.sigmoid(tl.maximum(1.5957691216057308 * x * (1.0 + 0.044715 * x * x), -80.0))
