@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from triton_cases import DTYPES, POLICIES, adversarial_input, exact_product, layer, packed_input, quantized
 
 from support import relative_error
 from tonfa.errors import FormatError
@@ -18,7 +19,6 @@ from tonfa.kernels.triton.quantize import quantize
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, QuantizedActivation
 from tonfa.weights import SVDQWeights
-from triton_cases import DTYPES, POLICIES, adversarial_input, exact_product, layer, packed_input, quantized
 
 BATCH = 2
 

@@ -6,16 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from support import outlier_input, relative_error
-from tonfa.errors import FormatError, UnsupportedError
-from tonfa.kernels.triton import product as module
-from tonfa.kernels.triton import tiles
-from tonfa.kernels.triton.expand import ExpandTile, expand, row_scales
-from tonfa.kernels.triton.product import pack_product, product
-from tonfa.kernels.triton.quantize import pack_input, quantize
-from tonfa.ops import product as op
-from tonfa.ops.activation import Activations, InputWeights
 from triton_cases import (
     DTYPES,
     POLICIES,
@@ -26,6 +16,16 @@ from triton_cases import (
     plain_product,
     quantized,
 )
+
+from support import outlier_input, relative_error
+from tonfa.errors import FormatError, UnsupportedError
+from tonfa.kernels.triton import product as module
+from tonfa.kernels.triton import tiles
+from tonfa.kernels.triton.expand import ExpandTile, expand, row_scales
+from tonfa.kernels.triton.product import pack_product, product
+from tonfa.kernels.triton.quantize import pack_input, quantize
+from tonfa.ops import product as op
+from tonfa.ops.activation import Activations, InputWeights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -123,7 +123,8 @@ def test_a_shared_input(device: torch.device, generator: torch.Generator) -> Non
     x = outlier_input(9, 128, generator, torch.float16).to(device)
     joint = InputWeights(layers[0].smooth_factor, torch.cat([w.proj_down for w in layers], 1), False, "int8")
     for part, w in zip(quantize(x, pack_input(joint)).split((16, 32, 8)), layers, strict=True):
-        assert relative_error(product(part, pack_product(w, activations="int8")), exact_product(part, w, "int8")) < 2**-10
+        found = product(part, pack_product(w, activations="int8"))
+        assert relative_error(found, exact_product(part, w, "int8")) < 2**-10
 
 
 @pytest.mark.parametrize("capability", sorted(tiles.CANDIDATES))

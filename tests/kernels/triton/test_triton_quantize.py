@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DTYPES, POLICIES, adversarial_input, input_weights, layer, packed_input
 
 from support import relative_error
 from tonfa.errors import FormatError
@@ -15,7 +15,6 @@ from tonfa.kernels.triton.quantize import norm_modulate_quantize, pack_input, qu
 from tonfa.ops import fused
 from tonfa.ops import quantize as op
 from tonfa.ops.activation import Activations, QuantizedActivation
-from triton_cases import DTYPES, POLICIES, adversarial_input, input_weights, layer, packed_input
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -30,10 +29,10 @@ def steps(codes: Tensor) -> Tensor:
 
 
 def assert_codes(found: QuantizedActivation, expected: QuantizedActivation, rare: float) -> None:
-    """The same scales to the last bit but one, the same codes but for rare ties."""
+    """The same scales to their last bits, the same codes but for rare ties."""
     assert found.scales is not None and expected.scales is not None
     assert found.codes.shape == expected.codes.shape and found.codes.dtype == expected.codes.dtype
-    torch.testing.assert_close(found.scales, expected.scales, rtol=2**-22, atol=0)
+    torch.testing.assert_close(found.scales, expected.scales, rtol=2**-21, atol=0)
     off = (steps(found.codes) - steps(expected.codes)).abs()
     assert off.max() <= 1 and (off > 0).float().mean() <= rare
 

@@ -22,8 +22,8 @@ def modulation(n: int, k: int, device: torch.device, generator: torch.Generator,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("batch", [1, 3, 11])
-@pytest.mark.parametrize(("n", "k"), [(200, 64), (72, 1088)])
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize(("n", "k"), [(200, 64), (40, 320)])
 def test_as_exact_as_the_reference(
     n: int, k: int, batch: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:

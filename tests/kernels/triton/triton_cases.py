@@ -44,7 +44,8 @@ def adversarial_input(
     if rows > 3:
         x[1] = 0
         x[2, channels // 2] = 30000
-        x[3] = max(torch.finfo(dtype).smallest_normal, 1e-30) * torch.randint(-3, 4, (channels,), generator=generator) / 4
+        least = max(torch.finfo(dtype).smallest_normal, 1e-30)
+        x[3] = least * torch.randint(-3, 4, (channels,), generator=generator) / 4
     return x.to(device)
 
 

@@ -17,7 +17,7 @@ ROUND = tl.constexpr(12582912.0)
 
 @triton.jit
 def byte_permute(low, high, selector):
-    """PTX prmt: byte i of the result is byte `selector` nibble i of (high, low), or its sign eight times if bit 3 is set."""
+    """PTX prmt: nibble i of `selector` names byte i of the result in (high, low); with bit 3, eight times its sign."""
     if INTERPRETED:
         both = (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
         result = (low & 0).to(tl.uint64)
@@ -68,13 +68,13 @@ def pack_e4m3(a, b, c, d):
     else:
         return tl.inline_asm_elementwise(
             """
-            {
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-            mov.b32 $0, {low, high};
-            }
-            """,
+                {
+                .reg .b16 low, high;
+                cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+                cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+                mov.b32 $0, {low, high};
+                }
+                """,
             "=r,f,f,f,f",
             [a, b, c, d],
             dtype=tl.int32,

@@ -120,9 +120,7 @@ def expand_kernel(
     )
     both = tl.reshape(tl.join(lower, upper), (ROWS, BLOCK_GROUPS * 16))
     columns = first * 16 + tl.arange(0, BLOCK_GROUPS * 16)
-    tl.store(
-        out + 2 * start + columns[None, :], both, mask=live_rows[:, None] & (columns < GROUPS * 16)[None, :]
-    )
+    tl.store(out + 2 * start + columns[None, :], both, mask=live_rows[:, None] & (columns < GROUPS * 16)[None, :])
 
 
 def row_scales(

@@ -371,7 +371,21 @@ def run(
     programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     if capability >= (9, 0):
         programs = min(programs, multiprocessors)
-    operands = (a, b, x.scales, w.row_scales, x.lowrank, w.proj_up, w.bias, target, m, n, k, x.lowrank.stride(0), length)
+    operands = (
+        a,
+        b,
+        x.scales,
+        w.row_scales,
+        x.lowrank,
+        w.proj_up,
+        w.bias,
+        target,
+        m,
+        n,
+        k,
+        x.lowrank.stride(0),
+        length,
+    )
     gating = (residual, gate, gate.stride(0) if gate is not None else None)
     strides = out.stride()[:4] if heads else (None,) * 4
     rotating = (*(norms or (None, None)), *(rotary or (None, None)), *strides)

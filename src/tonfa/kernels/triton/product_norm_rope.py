@@ -1,7 +1,7 @@
 """product_norm_rope: RMSNorm and RoPE of q and k in the product's epilogue, written where attention reads them.
 
-A tile is whole heads wide and holds a pair (2i, 2i + 1) in one thread. q, k and v have the shape (B, H, L, D) and lie in
-memory as (B, L, H, D), the order in which attention kernels return their output, so that it needs no transposition.
+A tile is whole heads wide and holds a pair (2i, 2i + 1) in one thread. q, k and v have the shape (B, H, L, D) and lie
+in memory as (B, L, H, D), the order in which attention kernels return their output: it needs no transposition.
 4608 x 9216: 85 MB written once; unfused, the product's output is written, read, and q, k, v written again.
 """
 
@@ -16,9 +16,7 @@ from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import Rotary
 
 
-def empty_heads(
-    batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def empty_heads(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(3, B, H, L, D) for q, k and v, uninitialized."""
     return torch.empty((3, batch, length, heads, head_dim), dtype=dtype, device=device).transpose(2, 3)
 

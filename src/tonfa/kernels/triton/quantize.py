@@ -78,8 +78,7 @@ def modulation_rows(
     """A step of the vector of each row's image, float32."""
     if ONE_IMAGE:
         return tl.load(vectors + image * stride + k)[None, :].to(tl.float32)
-    else:
-        return tl.load(vectors + images[:, None] * stride + k[None, :], mask=live, other=0).to(tl.float32)
+    return tl.load(vectors + images[:, None] * stride + k[None, :], mask=live, other=0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["M", "length"])
@@ -146,9 +145,7 @@ def quantize_kernel(
             if PRECISION is None:
                 projected = tl.dot(value, matrix, projected)
             else:
-                projected = tl.dot(
-                    value.to(tl.float32), matrix.to(tl.float32), projected, input_precision=PRECISION
-                )
+                projected = tl.dot(value.to(tl.float32), matrix.to(tl.float32), projected, input_precision=PRECISION)
     if RANK > 0:
         target = lowrank + rows.to(tl.int64)[:, None] * RANK + rank[None, :]
         tl.store(target, projected, mask=live & (rank < RANK)[None, :])

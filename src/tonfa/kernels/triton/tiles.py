@@ -1,7 +1,7 @@
 """Which tile a product takes: a pure function of the GPU and the shape. Nothing is timed in a user's run.
 
-A tile of BLOCK_M x BLOCK_N outputs keeps one multiprocessor busy for as long as it has products, divided by how well its
-size feeds the tensor cores; the tiles of a product run in waves of one for each multiprocessor. `choose` takes the
+A tile of BLOCK_M x BLOCK_N outputs keeps one multiprocessor busy for as long as it has products, divided by how well
+its size feeds the tensor cores; the tiles of a product run in waves of one for each multiprocessor. `choose` takes the
 candidate with the shortest sum of waves; `MEASURED` overrides it where a measurement says otherwise.
 
 Waves on 132 multiprocessors, 128 x 256 | 128 x 128 tiles, and the part of them that is full:
@@ -64,7 +64,7 @@ CANDIDATES: dict[tuple[int, int], tuple[Candidate, ...]] = {
     (10, 0): _HOPPER,
     (12, 0): _SMALL_SHARED_MEMORY,
 }
-"""By compute capability; another one takes the nearest below. Shared memory: 227 KB on 9.0 and 10.0, 163 on 8.0, else 99."""
+"""By compute capability; another one takes the nearest below. Shared memory: 8.0 163 KB, 9.0 and 10.0 227, else 99."""
 
 MEASURED: dict[tuple[tuple[int, int], int, int, int], Tile] = {}
 """(compute capability, M rounded up to 512, N, K) -> the tile that was fastest (benchmarks/kernels.py --tune)."""
