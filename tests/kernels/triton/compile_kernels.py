@@ -92,9 +92,9 @@ def product_kernel(capability: tuple[int, int], code: str, epilogue: str, tile: 
     return compile_kernel(product.product_kernel, arguments, constants, number, **options)
 
 
-def quantize_kernel(capability: int, code: str) -> dict[str, Any]:
+def quantize_kernel(capability: int, code: str, rank: int = 32) -> dict[str, Any]:
     """With LayerNorm."""
-    cut = quantize.choose(4608, 3072, 32)
+    cut = quantize.choose(3072, rank, 2)
     arguments = {
         "x": "*bf16",
         "inverse_smooth": "*fp32",
@@ -111,8 +111,8 @@ def quantize_kernel(capability: int, code: str) -> dict[str, Any]:
         "ONE_IMAGE": True,
         "FP8": code != "i8",
         "PRECISION": None,
-        "RANK": 32,
-        "RANK_BLOCK": 32,
+        "RANK": rank,
+        "RANK_BLOCK": rank,
         "BLOCK_M": cut.block_m,
         "BLOCK_K": cut.block_k,
     }
@@ -150,6 +150,8 @@ def main() -> None:
     show("product i8 sm_90", product_kernel((9, 0), "i8", "plain", tiles.candidates((9, 0))[1].tile))
     show("quantize fp8e4nv sm_90", quantize_kernel(90, "fp8e4nv"))
     show("quantize i8 sm_80", quantize_kernel(80, "i8"))
+    show("quantize rank 64 i8 sm_86", quantize_kernel(86, "i8", 64))
+    show("quantize rank 128 i8 sm_86", quantize_kernel(86, "i8", 128))
     show("expand fp8 sm_90", expand_kernel(90, True))
     show("expand i8 sm_86", expand_kernel(86, False))
     show("w4a16 sm_90", w4a16_kernel(90))
