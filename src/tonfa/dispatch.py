@@ -18,11 +18,12 @@ from tonfa.errors import UnsupportedError
 from tonfa.kernels import dense, reference
 from tonfa.kernels.cpu import backend as cpu
 from tonfa.kernels.cuda import backend as cuda
+from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
 from tonfa.ops.table import OPS, Backend
 
-BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, reference.BACKEND)
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 """In order of preference."""
 
 
@@ -68,7 +69,7 @@ def default_activations(device: torch.device) -> Activations:
 def _reason_against(backend: Backend, device: torch.device, activations: Activations) -> str | None:
     if activations not in backend.activations:
         return f"activations={activations!r} is not among its {', '.join(backend.activations)}"
-    return backend.reason_against(device)
+    return backend.reason_against(device, activations)
 
 
 def _complete(name: str, activations: Activations, kernels: Mapping[str, Callable[..., Any]]) -> Kernels:

@@ -39,7 +39,7 @@ def table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     }
 
 
-def _reason_against(device: torch.device) -> str | None:
+def _reason_against(device: torch.device, activations: Activations) -> str | None:
     return "the meta device computes nothing" if device.type == "meta" else None
 
 

@@ -34,8 +34,8 @@ class Backend:
 
     name: str
     activations: tuple[Activations, ...]
-    reason_against: Callable[[torch.device], str | None]
-    """None if it can run on this device, otherwise why not and what would help."""
+    reason_against: Callable[[torch.device, Activations], str | None]
+    """None if it can run on this device with this policy, otherwise why not and what would help."""
     table: Callable[[Activations], Mapping[str, Callable[..., Any]]]
     reason_to_wait: Callable[[torch.device], str | None] = lambda device: None
     """Why it is taken on this device only if it is asked for by name, although it can run; None if it need not be."""

@@ -12,7 +12,7 @@ from tonfa.ops.activation import Activations
 from tonfa.ops.table import Backend
 
 
-def _reason_against(device: torch.device) -> str | None:
+def _reason_against(device: torch.device, activations: Activations) -> str | None:
     if device.type != "cpu":
         return f"it computes on the CPU, not on {device.type}"
     if find_spec("numba") is None:

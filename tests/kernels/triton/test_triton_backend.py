@@ -1,0 +1,111 @@
+"""What the Triton backend says of itself, how layers run on it, and its attention."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton_cases import POLICIES, layer
+
+from support import outlier_input, relative_error
+from tonfa import dispatch
+from tonfa.kernels.triton.attention import attention
+from tonfa.kernels.triton.scratch import Scratch
+from tonfa.layers.linear import SVDQLinear
+from tonfa.layers.modulation import W4A16Linear
+from tonfa.ops import attention as op
+
+CUDA = torch.device("cuda")
+
+
+def capability(monkeypatch: pytest.MonkeyPatch, number: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: number)
+
+
+@pytest.mark.parametrize(
+    ("number", "activations", "backend"),
+    [
+        ((8, 0), "int8", "triton"),
+        ((8, 6), "fp8", "reference"),
+        ((8, 9), "fp8", "triton"),
+        ((9, 0), "fp8", "triton"),
+        ((9, 0), "int4", "reference"),
+        ((7, 5), "int8", "reference"),
+    ],
+)
+def test_which_gpus_it_runs_on(
+    number: tuple[int, int], activations: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability(monkeypatch, number)
+    assert dispatch.bind(CUDA, activations).backend == backend
+
+
+def test_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(device: torch.device, activations: str) -> str:
+        return next(r.note for r in dispatch.report(device, activations) if r.backend == "triton")
+
+    capability(monkeypatch, (8, 6))
+    assert reason(CUDA, "fp8") == "activations='fp8' need a GPU of compute capability 8.9, this one has 8.6"
+    assert reason(CUDA, "int8") == "kernel"
+    assert reason(torch.device("cpu"), "int8") == "it computes on CUDA GPUs, not on cpu"
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "tonfa.kernels.triton.backend.find_spec", lambda name: None if name == "triton" else find_spec(name)
+    )
+    assert reason(CUDA, "int8") == "triton is not installed: pip install triton"
+
+
+def test_dispatch_does_not_import_triton() -> None:
+    code = "import sys, tonfa.dispatch; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_buffer_grows_and_keeps_what_graphs_may_hold(device: torch.device) -> None:
+    scratch = Scratch()
+    scratch.reserve(device, 100)
+    first = scratch.empty(device, 4, 16, torch.int8)
+    assert scratch.empty(device, 10, 10, torch.int8).data_ptr() == first.data_ptr() and scratch.nbytes() == 100
+    assert scratch.empty(device, 16, 16, torch.int8).data_ptr() != first.data_ptr() and scratch.nbytes() == 356
+    assert scratch.empty(device, 4, 16, torch.int8).shape == (4, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", POLICIES)
+def test_layers_give_what_the_reference_backend_gives(activations: str, generator: torch.Generator) -> None:
+    w = layer(192, 256, 32, CUDA, generator, torch.bfloat16, unsigned=True)
+    x = outlier_input(21, 256, generator).view(3, 7, 256).to(CUDA)
+    linear = SVDQLinear.from_weights(w, activations=activations)
+    found = linear(x)
+    assert linear.binding().kernels.backend == "triton"
+    linear.set_activations(activations, backend="reference")
+    assert relative_error(found, linear(x)) < 2**-7
+
+
+@pytest.mark.gpu
+def test_the_modulation_runs_on_it(generator: torch.Generator) -> None:
+    linear = W4A16Linear(64, 192, device=CUDA)
+    for parameter in (linear.wscales, linear.wzeros, linear.bias):
+        torch.nn.init.normal_(parameter)
+    linear.qweight.copy_(torch.randint(0, 256, linear.qweight.shape, generator=generator))
+    x = torch.randn(2, 64, generator=generator).bfloat16().to(CUDA)
+    weight, bias = linear.weights().dense(torch.float64)
+    assert relative_error(linear(x), x.double() @ weight.T + bias) < 2**-8
+    assert linear.binding().kernels.backend == "triton"
+
+
+@pytest.mark.parametrize("length", [1, 77])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [64, 100, 128])
+def test_attention(length: int, masked: bool, size: int, device: torch.device, generator: torch.Generator) -> None:
+    """q, k, v as `product_norm_rope` lays them out in memory; the result is in the order of tokens."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = torch.randn(3, 2, length, 3, size, generator=generator).to(device, dtype).transpose(2, 3)
+    mask = torch.rand(2, 1, 1, length, generator=generator).to(device) < 0.7 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    found, exact = attention(q, k, v, mask), op.reference(q, k, v, mask, torch.float64)
+    assert found.shape == (2, length, 3 * size) and found.dtype == dtype
+    assert relative_error(found, exact) < (2**-7 if dtype == torch.bfloat16 else 1e-5)
