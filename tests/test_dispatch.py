@@ -42,7 +42,9 @@ def test_every_no_has_a_reason_and_every_yes_says_how() -> None:
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(UnsupportedError, match="activations='int5' is unknown; choose one of int4, int8, fp8, none"):
         dispatch.bind(CPU, "int5")
-    with pytest.raises(UnsupportedError, match="backend='rocm' is unknown; choose one of cpu, cuda, triton, reference"):
+    with pytest.raises(
+        UnsupportedError, match="backend='rocm' is unknown; choose one of cpu, cuda, hopper, triton, reference"
+    ):
         dispatch.bind(CPU, "int8", backend="rocm")
 
 

@@ -18,12 +18,13 @@ from tonfa.errors import UnsupportedError
 from tonfa.kernels import dense, reference
 from tonfa.kernels.cpu import backend as cpu
 from tonfa.kernels.cuda import backend as cuda
+from tonfa.kernels.hopper import backend as hopper
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
 from tonfa.ops.table import OPS, Backend
 
-BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, hopper.BACKEND, triton.BACKEND, reference.BACKEND)
 """In order of preference."""
 
 

@@ -64,6 +64,10 @@ class FusedLinear(BoundModule):
         return self.product(self.quantize(x)).reshape(*x.shape[:-1], self.out_features)
 
 
+_LARGEST_JOINT_RANK, _RANK_STEP = 256, 16
+"""What kernels take of branches side by side: so many columns, parts that begin at a whole step."""
+
+
 class SharedInput:
     """Linears that read the same input: it is quantized once for all of them if their smoothing factors agree."""
 
@@ -86,6 +90,9 @@ class SharedInput:
 
     def _pack(self, bindings: tuple[Binding, ...]) -> Any | None:
         inputs = [w for linear in self._linears if (w := linear.input_weights()) is not None]
+        ranks = [w.proj_down.shape[1] for w in inputs]
+        if sum(ranks) > _LARGEST_JOINT_RANK or any(rank % _RANK_STEP for rank in ranks):
+            return None
         first = inputs[0] if inputs else None
         if first is None or len(inputs) < len(bindings):
             return None

@@ -14,7 +14,7 @@ NATIVE = ((8, 0), (8, 6), (8, 9))
 EMULATED = ((9, 0),)
 
 
-def _reason_against(device: torch.device) -> str | None:
+def _reason_against(device: torch.device, activations: Activations) -> str | None:
     if device.type != "cuda":
         return f"it computes on NVIDIA GPUs, not on {device.type}"
     if torch.version.cuda is None:

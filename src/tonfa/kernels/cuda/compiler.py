@@ -44,9 +44,9 @@ def compiler_version() -> str:
 
 
 def compile_cubin(
-    name: str, source: str, headers: Mapping[str, str], options: Sequence[str], architecture: int
+    name: str, source: str, headers: Mapping[str, str], options: Sequence[str], architecture: str
 ) -> bytes:
-    """Machine code of `source` for sm_<architecture>; `headers` are what it may include, by name.
+    """Machine code of `source` for sm_<architecture> ("86", "90a"); `headers` are what it may include, by name.
 
     Raises KernelError with the kernel, the architecture and the compiler's log.
     """

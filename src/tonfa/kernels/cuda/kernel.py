@@ -40,6 +40,14 @@ class Kernel:
     defines: tuple[tuple[str, str], ...]
     parameters: tuple[type[Struct], ...]
     threads: int
+    shared: int = 0
+    """Bytes of dynamic shared memory of a block."""
+    package: str = "tonfa.kernels.cuda"
+    """Where the folder `device` is."""
+    variant: str = ""
+    """"a" for instructions that only this very architecture has, as in sm_90a."""
+    preamble: str = ""
+    """Device code in front of the source."""
 
     def __str__(self) -> str:
         return f"{self.name}[{', '.join(f'{key}={value}' for key, value in self.defines)}]"
@@ -54,9 +62,9 @@ def specialize(
     return Kernel(name, tuple(defines), parameters, threads)
 
 
-@lru_cache(maxsize=1)
-def _device_code() -> Mapping[str, str]:
-    folder = files("tonfa.kernels.cuda") / "device"
+@lru_cache(maxsize=4)
+def _device_code(package: str) -> Mapping[str, str]:
+    folder = files(package) / "device"
     return {entry.name: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith((".cu", ".cuh"))}
 
 
@@ -65,15 +73,16 @@ def build(kernel: Kernel, architecture: int) -> tuple[bytes, bool]:
 
     Raises KernelError, naming kernel and architecture, with the compiler's log.
     """
-    sources = _device_code()
+    sources = _device_code(kernel.package)
     headers = {name: text for name, text in sorted(sources.items()) if name.endswith(".cuh")}
-    source = sources[f"{kernel.name}.cu"] + "".join(struct.layout() for struct in kernel.parameters)
+    source = kernel.preamble + sources[f"{kernel.name}.cu"] + "".join(struct.layout() for struct in kernel.parameters)
     options = (*_OPTIONS, *(f"--define-macro={name}={value}" for name, value in kernel.defines))
-    everything = (compiler_version(), str(architecture), *options, source, *headers, *headers.values())
+    target = f"{architecture}{kernel.variant}"
+    everything = (compiler_version(), target, *options, source, *headers, *headers.values())
     name = cache.key(kernel.name, *everything)
     code = cache.read(name)
     if code is not None:
         return code, True
-    code = compile_cubin(str(kernel), source, headers, options, architecture)
+    code = compile_cubin(str(kernel), source, headers, options, target)
     cache.write(name, code)
     return code, False

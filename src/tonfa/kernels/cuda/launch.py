@@ -15,6 +15,9 @@ import torch
 from tonfa.errors import KernelError
 from tonfa.kernels.cuda.kernel import Kernel, Struct, build
 
+_SHARED_UNASKED = 48 << 10
+"""Bytes of dynamic shared memory that a kernel gets without asking for more."""
+
 
 def _driver() -> Any:
     from cuda.bindings import driver
@@ -53,7 +56,11 @@ def _function(kernel: Kernel, index: int) -> Any:
     try:
         library = _library(kernel, architecture(torch.device("cuda", index)))
         found = _done(driver.cuLibraryGetKernel(library, kernel.name.encode()), f"finding {kernel}")
-        return _done(driver.cuKernelGetFunction(found), f"loading {kernel} on cuda:{index}")
+        function = _done(driver.cuKernelGetFunction(found), f"loading {kernel} on cuda:{index}")
+        if kernel.shared > _SHARED_UNASKED:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _done(driver.cuFuncSetAttribute(function, attribute, kernel.shared), f"shared memory of {kernel}")
+        return function
     finally:
         driver.cuThreadExchangeStreamCaptureMode(before)
 
@@ -80,6 +87,6 @@ def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], *paramet
         function = _function(kernel, index)
         stream = torch.cuda.current_stream(index).cuda_stream
         result = driver.cuLaunchKernel(
-            function, x, y, z, kernel.threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0
+            function, x, y, z, kernel.threads, 1, 1, kernel.shared, stream, ctypes.addressof(pointers), 0
         )
     _done(result, f"starting {kernel} with {x} x {y} x {z} blocks on cuda:{index}")

@@ -70,17 +70,21 @@ class JointAttention(nn.Module):
         self.to_add_out = linear(hidden_size, hidden_size)
 
     def forward(
-        self, img: QuantizedActivation, txt: QuantizedActivation, rotary: Rotary, text_length: int, mask: Tensor | None
+        self,
+        img: QuantizedActivation,
+        txt: QuantizedActivation,
+        img_rotary: Rotary,
+        txt_rotary: Rotary,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, L_img, H * D) and (B, L_txt, H * D): the inputs of `to_out` and `to_add_out`."""
-        txt_rotary = (rotary[0][:text_length], rotary[1][:text_length])
-        img_rotary = (rotary[0][text_length:], rotary[1][text_length:])
         txt_qkv = self.add_qkv_proj.product_norm_rope(
             txt, self.norm_added_q.weight, self.norm_added_k.weight, txt_rotary
         )
         img_qkv = self.to_qkv.product_norm_rope(img, self.norm_q.weight, self.norm_k.weight, img_rotary)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
         joined = attend(self.to_qkv, q, k, v, mask)
+        text_length = txt_rotary[0].shape[0]
         return joined[:, text_length:], joined[:, :text_length]
 
 
@@ -106,7 +110,8 @@ class DoubleBlock(nn.Module):
         img: Tensor,  # (B, L_img, hidden)
         txt: Tensor,  # (B, L_txt, hidden)
         vec: Tensor,  # (B, hidden)
-        rotary: Rotary,  # (L_txt + L_img, head_dim) each
+        img_rotary: Rotary,  # (L_img, head_dim) each
+        txt_rotary: Rotary,  # (L_txt, head_dim) each
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The image and the text stream after this block."""
@@ -116,7 +121,7 @@ class DoubleBlock(nn.Module):
 
         img_in = attn.to_qkv.norm_modulate_quantize(img, img_scale, img_shift)
         txt_in = attn.add_qkv_proj.norm_modulate_quantize(txt, txt_scale, txt_shift)
-        img_attn, txt_attn = attn(img_in, txt_in, rotary, txt.shape[1], mask)
+        img_attn, txt_attn = attn(img_in, txt_in, img_rotary, txt_rotary, mask)
         img = attn.to_out.product_gate_residual(attn.to_out.quantize(img_attn), img, img_gate)
         txt = attn.to_add_out.product_gate_residual(attn.to_add_out.quantize(txt_attn), txt, txt_gate)
 

@@ -339,10 +339,12 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         txt = self.context_embedder(inputs["encoder_hidden_states"])
         conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
         vec = self.time_text_embed(*conditions, inputs["pooled_projections"])
-        rotary = self.pos_embed(torch.cat((inputs["txt_ids"], inputs["img_ids"])))
+        # The same tensors for all blocks: kernels may keep what they made of them.
+        txt_rotary, img_rotary = (self.pos_embed(inputs[name]) for name in ("txt_ids", "img_ids"))
+        rotary = tuple(torch.cat(pair) for pair in zip(txt_rotary, img_rotary, strict=True))
 
         for i, block in enumerate(self.transformer_blocks):
-            img, txt = block(img, txt, vec, rotary, mask)
+            img, txt = block(img, txt, vec, img_rotary, txt_rotary, mask)
             if double_samples is not None:
                 count = len(double_samples)
                 stride = math.ceil(len(self.transformer_blocks) / count)

@@ -1,0 +1,31 @@
+"""A quantized input in this backend's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tonfa.ops.activation import QuantizedActivation
+
+
+@dataclass(frozen=True)
+class HopperActivation(QuantizedActivation):
+    """`codes` (K/128, M padded, 128), `scales` (M,) float32 and `lowrank` (R/64, M padded, 64) bf16: see layout.py.
+
+    `lowrank` is divided by the row's scale, so that the product can begin its sums with the branch.
+    """
+
+    rows: int  # M
+    channels: int  # K
+    rank_start: int  # the first of this linear's columns of lowrank
+    rank: int
+
+    def split(self, ranks: tuple[int, ...]) -> tuple[QuantizedActivation, ...]:
+        """The same input for each of several linears, with its own columns of `lowrank`."""
+        parts, start = [], self.rank_start
+        for rank in ranks:
+            part = HopperActivation(
+                self.codes, self.scales, self.lowrank, self.dtype, self.rows, self.channels, start, rank
+            )
+            parts.append(part)
+            start += rank
+        return tuple(parts)

@@ -1,0 +1,72 @@
+"""The Hopper backend: FP8 activations on wgmma, 4-bit weights decoded on the way to it.
+
+Layers that its kernels do not take (float32, ranks that are no multiple of 16) go through Triton's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tonfa.kernels.triton import backend as triton
+from tonfa.ops import fused
+from tonfa.ops.activation import Activations, InputWeights, QuantizedActivation
+from tonfa.ops.table import Backend
+from tonfa.weights import SVDQWeights
+
+
+def _reason_against(device: torch.device, activations: Activations) -> str | None:
+    if device.type != "cuda":
+        return f"it computes on Hopper GPUs, not on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"it is written for sm_90, this GPU is sm_{capability[0]}{capability[1]}"
+    from tonfa.kernels.cuda import compiler
+
+    return compiler.problem() or triton.BACKEND.reason_against(device, activations)
+
+
+def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
+    from tonfa.kernels.hopper import product as products
+    from tonfa.kernels.hopper import quantize as inputs
+
+    theirs = triton.BACKEND.table(activations)
+
+    def route(ours: Callable[..., Any], other: Callable[..., Any], place: int) -> Callable[..., Any]:
+        """By who packed the weights, the argument at `place`."""
+        packed = (inputs.PackedInput, products.PackedProduct)
+        return lambda *arguments: (ours if isinstance(arguments[place], packed) else other)(*arguments)
+
+    quantize = route(inputs.quantize, theirs["quantize"], 1)
+    product = route(products.product, theirs["product"], 1)
+
+    def product_gelu_quantize(x: QuantizedActivation, w: Any, following: Any) -> Any:
+        mine = isinstance(w, products.PackedProduct)
+        if mine != isinstance(following, inputs.PackedInput):
+            return quantize(fused.gelu(product(x, w)), following)
+        kernel = products.product_gelu_quantize if mine else theirs["product_gelu_quantize"]
+        return kernel(x, w, following)
+
+    def pack_input(w: InputWeights) -> Any:
+        mine = inputs.takes(w.proj_down.dtype, w.proj_down.shape[1])
+        return (inputs.pack_input if mine else theirs["pack_input"])(w)
+
+    def pack_product(w: SVDQWeights) -> Any:
+        return (products.pack_product if inputs.takes(w.wscales.dtype, w.rank) else theirs["pack_product"])(w)
+
+    return {
+        **theirs,
+        "pack_input": pack_input,
+        "pack_product": pack_product,
+        "quantize": quantize,
+        "product": product,
+        "norm_modulate_quantize": route(inputs.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
+        "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),
+        "product_gelu_quantize": product_gelu_quantize,
+        "product_gate_residual": route(products.product_gate_residual, theirs["product_gate_residual"], 1),
+    }
+
+
+BACKEND = Backend("hopper", ("fp8",), _reason_against, _table)

@@ -1,0 +1,195 @@
+"""The Hopper kernels against the reference, at every shape of FLUX and at odd ones; their layouts on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from support import outlier_input, random_weights, relative_error
+from tonfa import dispatch
+from tonfa.formats import FP8
+from tonfa.kernels.hopper import layout, tiles
+from tonfa.kernels.hopper.activation import HopperActivation
+from tonfa.ops.activation import InputWeights, QuantizedActivation
+from tonfa.weights import SVDQWeights
+
+FLUX = [(4608, 9216, 3072, 32), (4608, 3072, 3072, 32), (4608, 12288, 3072, 32), (4608, 3072, 12288, 32)]
+ODD = [(1, 128, 64, 16), (17, 384, 192, 48), (255, 64, 256, 32), (300, 200, 1024, 128), (4685, 3072, 3072, 0)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def make(n: int, k: int, rank: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> SVDQWeights:
+    generator = torch.Generator().manual_seed(seed)
+    weights = random_weights(n, k, max(rank, 1), generator=generator, dtype=dtype)
+    moved = {name: t.cuda() for name, t in weights.tensors().items()}
+    moved["proj_down"], moved["proj_up"] = moved["proj_down"][:, :rank], moved["proj_up"][:, :rank]
+    moved["wscales"] = moved["wscales"] * torch.where(torch.rand(moved["wscales"].shape) < 0.3, -1, 1).cuda()
+    return SVDQWeights(**moved)
+
+
+def rows(m: int, k: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> Tensor:
+    return outlier_input(m, k, torch.Generator().manual_seed(seed), dtype).cuda()
+
+
+def input_of(w: SVDQWeights) -> InputWeights:
+    return InputWeights(w.smooth_factor, w.proj_down, w.unsigned, "fp8")
+
+
+def kernels(name: str = "hopper") -> dispatch.Kernels:
+    return dispatch.bind(torch.device("cuda"), "fp8", name)
+
+
+def plain(x: QuantizedActivation) -> QuantizedActivation:
+    """A Hopper input as the reference has it."""
+    assert isinstance(x, HopperActivation) and x.scales is not None and x.lowrank is not None
+    codes = layout.unpack_codes(x.codes, x.rows, x.channels)
+    lowrank = layout.unpack_lowrank(x.lowrank, x.rows, x.rank_start + x.rank)[:, x.rank_start :].float()
+    return QuantizedActivation(codes, x.scales[:, None], lowrank * x.scales[:, None], x.dtype)
+
+
+def check_quantized(found: QuantizedActivation, expected: QuantizedActivation) -> None:
+    found = plain(found)
+    assert expected.scales is not None and expected.lowrank is not None and found.lowrank is not None
+    torch.testing.assert_close(found.scales, expected.scales, rtol=1e-5, atol=0)
+    alike = (found.codes.view(torch.uint8) == expected.codes.view(torch.uint8)).float().mean()
+    assert alike > 0.999
+    assert relative_error(found.codes.float(), expected.codes.float()) < 4e-3
+    if expected.lowrank.numel():
+        assert relative_error(found.lowrank, expected.lowrank) < 4e-3
+
+
+def test_layouts_are_permutations() -> None:
+    assert sorted(layout.channel_of_byte().tolist()) == list(range(128))
+    codes = FP8.quantize(torch.randn(13, 192))[0]
+    stored = layout.pack_codes(codes)
+    assert stored.shape == (2, 16, 128)
+    assert torch.equal(layout.unpack_codes(stored, 13, 192).view(torch.uint8), codes.view(torch.uint8))
+    up = torch.arange(128 * 32).view(128, 32).to(torch.float64)
+    fragments = layout.pack_up(up).view(1, 2, 2, 4, 32, 4, 2)
+    # PTX ISA, fragment A of m64k16: register 0 holds row lane / 4, columns 2 (lane % 4) and the next
+    assert fragments[0, 1, 1, 2, 13, 0].tolist() == [up[64 + 32 + 3, 16 + 2].item(), up[64 + 32 + 3, 16 + 3].item()]
+    assert fragments[0, 0, 0, 0, 6, 3].tolist() == [up[8 + 1, 8 + 4].item(), up[8 + 1, 8 + 5].item()]
+
+
+@pytest.mark.parametrize("tokens", tiles._TOKENS)
+def test_tiles_fit_shared_memory(tokens: int) -> None:
+    assert 2 <= tiles.stages(tokens) <= 8
+    assert tiles.shared_bytes(tokens) <= 232_448
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "k", "rank"), [(1, 64, 16), (77, 192, 0), (300, 3072, 32), (4608, 3072, 64), (50, 12288, 32)]
+)
+def test_quantize(m: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    w, x = make(64, k, rank, dtype), rows(m, k, dtype)
+    x[m // 2] = 0
+    weights = input_of(w)
+    ours, theirs = kernels(), kernels("reference")
+    found = ours.quantize(x, ours.pack_input(weights))
+    check_quantized(found, theirs.quantize(x, weights))
+    again = ours.quantize(x, ours.pack_input(weights))
+    assert torch.equal(plain(found).codes.view(torch.uint8), plain(again).codes.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "k", "rank"), [(1, 4608, 3072, 64), (3, 37, 256, 32), (2, 5, 192, 16), (1, 9, 8192, 16)]
+)
+def test_norm_modulate_quantize(batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    weights = input_of(make(64, k, rank, dtype))
+    x = rows(batch * length, k, dtype).view(batch, length, k)
+    modulation = torch.randn(batch, 3 * k, device="cuda").to(dtype)
+    shift, scale, _ = modulation.chunk(3, dim=1)
+    ours, theirs = kernels(), kernels("reference")
+    found = ours.norm_modulate_quantize(x, scale, shift, ours.pack_input(weights))
+    expected = theirs.norm_modulate_quantize(x, scale, shift, weights)
+    check_quantized(found, expected)
+    strided = torch.cat([x, x], dim=1)[:, :length]
+    check_quantized(ours.norm_modulate_quantize(strided, scale, shift, ours.pack_input(weights)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k", "rank"), FLUX + ODD)
+def test_product(m: int, n: int, k: int, rank: int) -> None:
+    w, x = make(n, k, rank), rows(m, k)
+    ours, theirs = kernels(), kernels("reference")
+    quantized = ours.quantize(x, ours.pack_input(input_of(w)))
+    packed = ours.pack_product(w)
+    found = ours.product(quantized, packed)
+    assert found.shape == (m, n) and found.isfinite().all()
+    assert relative_error(found, theirs.product(plain(quantized), theirs.pack_product(w))) < 1e-2
+    assert torch.equal(found, ours.product(quantized, packed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "length", "heads", "k"), [(1, 4608, 24, 3072), (2, 35, 2, 256)])
+def test_product_norm_rope(batch: int, length: int, heads: int, k: int, dtype: torch.dtype) -> None:
+    w, x = make(3 * heads * 128, k, 32, dtype), rows(batch * length, k, dtype)
+    ours, theirs = kernels(), kernels("reference")
+    quantized = ours.quantize(x, ours.pack_input(input_of(w)))
+    norm_q, norm_k = (torch.rand(128, device="cuda").to(dtype) + 0.5 for _ in range(2))
+    angles = torch.rand(length, 64, device="cuda").repeat_interleave(2, 1) * 6
+    rotary = (angles.cos(), angles.sin())
+    found = ours.product_norm_rope(quantized, ours.pack_product(w), norm_q, norm_k, rotary)
+    expected = theirs.product_norm_rope(plain(quantized), theirs.pack_product(w), norm_q, norm_k, rotary)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "hidden", "inner"), [(4608, 3072, 12288), (77, 256, 1024), (5, 64, 200)])
+def test_product_gelu_quantize(m: int, hidden: int, inner: int) -> None:
+    up, down, x = make(inner, hidden, 32), make(64, inner // 64 * 64, 32, seed=2), rows(m, hidden)
+    if inner % 64:
+        pytest.skip("the next linear needs a multiple of 64")
+    ours, theirs = kernels(), kernels("reference")
+    quantized = ours.quantize(x, ours.pack_input(input_of(up)))
+    following = input_of(down)
+    found = plain(ours.product_gelu_quantize(quantized, ours.pack_product(up), ours.pack_input(following)))
+    expected = theirs.product_gelu_quantize(plain(quantized), theirs.pack_product(up), following)
+    values = [q.codes.float() * q.scales for q in (found, expected) if q.scales is not None]
+    assert relative_error(*values) < 3e-2
+    assert found.lowrank is not None and expected.lowrank is not None
+    assert relative_error(found.lowrank, expected.lowrank) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "length", "n", "k"), [(1, 4608, 3072, 3072), (1, 4608, 3072, 12288), (3, 29, 256, 1024), (2, 7, 72, 64)]
+)
+def test_product_gate_residual(batch: int, length: int, n: int, k: int) -> None:
+    w, x = make(n, k, 32), rows(batch * length, k)
+    ours, theirs = kernels(), kernels("reference")
+    quantized = ours.quantize(x, ours.pack_input(input_of(w)))
+    residual = torch.randn(batch, length, n, device="cuda").bfloat16()
+    gate = torch.randn(batch, 3 * n, device="cuda").bfloat16()[:, n : 2 * n]
+    found = ours.product_gate_residual(quantized, ours.pack_product(w), residual, gate)
+    expected = theirs.product_gate_residual(plain(quantized), theirs.pack_product(w), residual, gate)
+    assert found.isfinite().all() and relative_error(found, expected) < 1e-2
+
+
+@pytest.mark.gpu
+def test_shared_input_takes_its_own_columns() -> None:
+    first, second = make(128, 256, 32), make(192, 256, 48, seed=3)
+    ours, theirs = kernels(), kernels("reference")
+    joint = InputWeights(first.smooth_factor, torch.cat([first.proj_down, second.proj_down], 1), False, "fp8")
+    second = SVDQWeights(**{**second.tensors(), "smooth_factor": first.smooth_factor})
+    parts = ours.quantize(rows(40, 256), ours.pack_input(joint)).split((32, 48))
+    for part, w in zip(parts, (first, second), strict=True):
+        expected = theirs.product(plain(part), theirs.pack_product(w))
+        assert relative_error(ours.product(part, ours.pack_product(w)), expected) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rank", "dtype"), [(8, torch.bfloat16), (32, torch.float32)])
+def test_other_layers_go_through_triton(rank: int, dtype: torch.dtype) -> None:
+    w, x = make(128, 256, rank, dtype), rows(33, 256, dtype)
+    ours, theirs = kernels(), kernels("reference")
+    found = ours.product(ours.quantize(x, ours.pack_input(input_of(w))), ours.pack_product(w))
+    expected = theirs.product(theirs.quantize(x, input_of(w)), theirs.pack_product(w))
+    assert relative_error(found, expected) < 1e-2
