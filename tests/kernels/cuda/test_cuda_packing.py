@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from ctypes import c_float, c_int32, c_void_p
+
 import pytest
 import torch
 
 from support import outlier_input, random_modulation, random_weights
 from tonfa.errors import FormatError, UnsupportedError
+from tonfa.kernels.cuda.catalog import kernels
 from tonfa.kernels.cuda.contract import aligned, check_operand
+from tonfa.kernels.cuda.kernel import Struct, _device_code
 from tonfa.kernels.cuda.product import pack_product, product_struct, tile_grid, unpack_product
 from tonfa.kernels.cuda.product_gelu_quantize import tiles_of_slice
 from tonfa.kernels.cuda.quantize import (
@@ -44,6 +50,27 @@ def test_weights_come_back(n: int, rank: int, dtype: torch.dtype, generator: tor
     assert torch.equal(back.proj_down, w.proj_down) and torch.equal(back.smooth_factor, w.smooth_factor)
     assert back.unsigned == w.unsigned and not inputs.proj_down[rank:].any()
     assert torch.equal(inputs.smooth[:, 1], 1 / w.smooth_factor.float())
+
+
+def structs(kind: type[Struct]) -> Iterator[type[Struct]]:
+    yield kind
+    for _, field in kind._fields_:
+        if issubclass(field, Struct):
+            yield from structs(field)
+
+
+def test_structs_have_the_fields_of_the_device_code_in_its_order() -> None:
+    text = "\n".join(_device_code().values())
+    kinds = {s for kernel in kernels() for parameter in kernel.parameters for s in structs(parameter)}
+    assert len(kinds) == 11
+    for kind in kinds:
+        (body,) = re.findall(rf"^struct {kind.__name__} {{\n(.*?)^}};", text, re.S | re.M)
+        fields = re.findall(r"^\s+([\w ]+?)(\*?) (\w+);", body, re.M)
+        assert [name for _, _, name in fields] == [name for name, _ in kind._fields_]
+        for (written, star, _), (_, held) in zip(fields, kind._fields_, strict=True):
+            device_type = "pointer" if star else written
+            host_type = {c_void_p: "pointer", c_int32: "int", c_float: "float"}.get(held, held.__name__)
+            assert device_type == host_type
 
 
 def test_weights_that_fit_are_not_copied(generator: torch.Generator) -> None:
