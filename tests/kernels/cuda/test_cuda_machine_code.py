@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sysconfig
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+import machine_code
 from tonfa.errors import KernelError
 from tonfa.kernels.cuda import compiler
 from tonfa.kernels.cuda.catalog import kernels
@@ -27,48 +24,15 @@ SHARED_BYTES_OF_A_PROCESSOR = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10}
 REGISTERS_OF_A_PROCESSOR = 65536
 
 
-@lru_cache(maxsize=4)
-def tool(name: str) -> Path | None:
-    """A disassembler from NVIDIA's packages, or the one that Triton carries."""
-    folders = list(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
-    triton = find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    return next((folder / name for folder in folders if (folder / name).exists()), None)
-
-
-pytestmark = [
-    pytest.mark.skipif(compiler.problem() is not None, reason=compiler.problem() or ""),
-    pytest.mark.skipif(tool("nvdisasm") is None or tool("cuobjdump") is None, reason="no cuobjdump and nvdisasm"),
-]
+pytestmark = machine_code.NEEDED
 
 CASES = [(kernel, arch) for arch in (*NATIVE, 90) for kernel in kernels([torch.bfloat16])]
 CASES += [(kernel, 86) for kernel in kernels([torch.float16])[1:]]
 
 
-@dataclass(frozen=True)
-class MachineCode:
-    instructions: Counter[str]
-    registers: int
-    stack: int
-    shared: int
-
-
-def machine_code(kernel: Kernel, architecture: int, folder: Path) -> MachineCode:
-    path = folder / "kernel.cubin"
-    path.write_bytes(build(kernel, architecture)[0])
-
-    def run(name: str, *options: str) -> str:
-        return subprocess.run([str(tool(name)), *options, str(path)], capture_output=True, text=True, check=True).stdout
-
-    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", run("cuobjdump", "--dump-resource-usage")))
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", run("nvdisasm", "-c"), re.M)
-    return MachineCode(Counter(lines), int(usage["REG"]), int(usage["STACK"]), int(usage["SHARED"]))
-
-
 @pytest.mark.parametrize(("kernel", "architecture"), CASES, ids=lambda value: str(value))
 def test_kernel(kernel: Kernel, architecture: int, tmp_path: Path) -> None:
-    code = machine_code(kernel, architecture, tmp_path)
+    code = machine_code.read(kernel, architecture, tmp_path)
     values = dict(kernel.defines)
     count = {
         kind: sum(n for name, n in code.instructions.items() if name.startswith(kind))
@@ -107,7 +71,9 @@ def main_loop(kernel: Kernel, architecture: int, folder: Path) -> Counter[str]:
     """Instructions of the smallest loop around all INT4 instructions."""
     path = folder / "kernel.cubin"
     path.write_bytes(build(kernel, architecture)[0])
-    text = subprocess.run([str(tool("nvdisasm")), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [str(machine_code.tool("nvdisasm")), "-c", str(path)], capture_output=True, text=True, check=True
+    ).stdout
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in text.splitlines():
