@@ -59,7 +59,7 @@ def test_quantize(k: int, generator: torch.Generator) -> None:
         found, expected = quantize(x, packed), op.reference(x, w)
         assert_codes(found, expected, 1e-4)
         assert found.lowrank is not None and expected.lowrank is not None
-        assert relative_error(found.lowrank, expected.lowrank) < 1e-5
+        assert relative_error(found.lowrank, expected.lowrank) < 3e-5
 
 
 def test_norm_modulate_quantize(generator: torch.Generator) -> None:

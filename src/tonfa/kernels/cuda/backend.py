@@ -31,7 +31,7 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 def _reason_to_wait(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) in NATIVE:
-        return None
+        return f"only if asked for by backend='cuda': the kernels have not run on an sm_{major}{minor} GPU yet"
     return f"only if asked for by backend='cuda': sm_{major}{minor} emulates INT4 products, exact but slow"
 
 

@@ -18,7 +18,9 @@ typedef unsigned int uint32_t;
 constexpr int SLICES = 8 / GROUPS;  // warps that share 16 rows
 constexpr int ROWS = 16 * GROUPS;
 constexpr int RANKS = RANK_BLOCKS * 8;
+#if KNOWN
 constexpr int STAGES = 3;
+#endif
 
 struct Quantize {
   const uint16_t* x;
@@ -125,24 +127,23 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_const
       }
   };
   // Over the threads that share a row; every thread gets the result.
-  auto reduce = [&](int turn, float (&v)[2], auto combine) {
+  auto combine = [](bool maximum, float p, float q) { return maximum ? fmaxf(p, q) : p + q; };
+  auto reduce = [&](int turn, float (&v)[2], bool maximum) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      v[h] = combine(v[h], __shfl_xor_sync(0xffffffffu, v[h], 1));
-      v[h] = combine(v[h], __shfl_xor_sync(0xffffffffu, v[h], 2));
+      v[h] = combine(maximum, v[h], __shfl_xor_sync(0xffffffffu, v[h], 1));
+      v[h] = combine(maximum, v[h], __shfl_xor_sync(0xffffffffu, v[h], 2));
       if (quad == 0) exchange[turn][warp][row + 8 * h] = v[h];
     }
   };
-  auto reduced = [&](int turn, float (&v)[2], auto combine) {
+  auto reduced = [&](int turn, float (&v)[2], bool maximum) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       v[h] = exchange[turn][group * SLICES][row + 8 * h];
 #pragma unroll
-      for (int s = 1; s < SLICES; ++s) v[h] = combine(v[h], exchange[turn][group * SLICES + s][row + 8 * h]);
+      for (int s = 1; s < SLICES; ++s) v[h] = combine(maximum, v[h], exchange[turn][group * SLICES + s][row + 8 * h]);
     }
   };
-  auto add = [](float p, float q) { return p + q; };
-  auto largest = [](float p, float q) { return fmaxf(p, q); };
 
   float absmax[2] = {0.f, 0.f};
 #if KNOWN
@@ -177,11 +178,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_const
         sum[h] += ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
       }
     }
-  reduce(0, sum, add);
-  reduce(1, square, add);
+  reduce(0, sum, false);
+  reduce(1, square, false);
   __syncthreads();
-  reduced(0, sum, add);
-  reduced(1, square, add);
+  reduced(0, sum, false);
+  reduced(1, square, false);
   __syncthreads();
   float rstd[2], offset[2];  // (x - mean) * rstd = x * rstd + offset
 #pragma unroll
@@ -226,9 +227,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_const
         for (int e = 0; e < 8; ++e) absmax[h] = fmaxf(absmax[h], fabsf(f[e] * inverse[e]));
       }
     }
-  reduce(0, absmax, largest);
+  reduce(0, absmax, true);
   __syncthreads();
-  reduced(0, absmax, largest);
+  reduced(0, absmax, true);
 #endif
   float reciprocal[2];
 #pragma unroll
