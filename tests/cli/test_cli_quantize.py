@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tonfa.cli.quantize import flux_dims
 from tonfa.errors import CheckpointError
-from tonfa.models.flux.plan import FluxDims
+from tonfa.models.flux.plan import FluxDims, flux_dims
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

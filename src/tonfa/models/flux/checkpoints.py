@@ -13,7 +13,7 @@ from tonfa.checkpoint.strict import Spec
 from tonfa.checkpoint.tensors import TensorFiles, TensorFolder, read_json
 from tonfa.errors import CheckpointError
 from tonfa.models.flux.nunchaku import NunchakuTensors, branch_rank
-from tonfa.models.flux.plan import FluxDims
+from tonfa.models.flux.plan import flux_dims
 
 LEGACY_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 _SINGLE_FILE = (".safetensors", ".sft")
@@ -77,13 +77,6 @@ def _nunchaku(source: TensorFiles, config: Mapping[str, Any], where: str) -> Ope
     made = native.quantization_config(branch_rank(source.spec(), where), {"name": "nunchaku"})
 
     def tensors(expected: Spec) -> native.Source:
-        heads, size = config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
-        dims = FluxDims(
-            heads * size,
-            config.get("num_layers", 19),
-            config.get("num_single_layers", 38),
-            config.get("guidance_embeds", False),
-        )
-        return NunchakuTensors(source, dims, expected, where)
+        return NunchakuTensors(source, flux_dims(config), expected, where)
 
     return Opened(where, {**config, "quantization_config": made}, tensors)

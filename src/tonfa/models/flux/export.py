@@ -23,12 +23,12 @@ from tonfa.checkpoint.strict import Spec, check, check_one_float, dtype_name
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.checkpoints import LEGACY_FILES, open_checkpoint
+from tonfa.models.flux.layers import configured_plan
 from tonfa.models.flux.nunchaku import packed_tensors
-from tonfa.models.flux.plan import FluxDims, flux_plan
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.plan import LinearPlan, ModelPlan
 from tonfa.quantize.planned import dense_spec, planned_spec
-from tonfa.weights import SVDQWeights, W4A16Weights
+from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
 Form = Literal["native", "nunchaku", "nunchaku-folder", "dense"]
 
@@ -57,12 +57,17 @@ class QuantizedFlux:
         """Width of the low-rank branches."""
         return int(self.config["quantization_config"]["rank"])
 
-    def linear(self, linear: LinearPlan) -> SVDQWeights | W4A16Weights:
+    def linear(self, linear: LinearPlan) -> SVDQWeights | W4A16Weights | StackedWeights:
         """A planned linear's weights, read now."""
-        prefix = f"{linear.name}."
         names = planned_spec(linear, self.rank, self.dtype)
-        fields = {name.removeprefix(prefix): self.source[name] for name in names}
-        return W4A16Weights(**fields) if linear.kind == "w4a16" else SVDQWeights(**fields, unsigned=linear.unsigned)
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            module, _, field = name.rpartition(".")
+            modules.setdefault(module, {})[field] = self.source[name]
+        if linear.kind == "w4a16":
+            return W4A16Weights(**modules[linear.name])
+        parts = tuple(SVDQWeights(**fields, unsigned=linear.unsigned) for fields in modules.values())
+        return parts[0] if linear.parts == 1 else StackedWeights(parts)
 
 
 def read_quantized(source: str | Path, **hub: Any) -> QuantizedFlux:
@@ -78,9 +83,8 @@ def read_quantized(source: str | Path, **hub: Any) -> QuantizedFlux:
     check(spec, expected, opened.where)
     check_one_float(spec, opened.where)
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    dims = FluxDims(model.inner_dim, config["num_layers"], config["num_single_layers"], config["guidance_embeds"])
     dtype = spec["proj_out.weight"][1]
-    return QuantizedFlux(opened.where, config, flux_plan(dims), dtype, spec, tensors)
+    return QuantizedFlux(opened.where, config, configured_plan(config), dtype, spec, tensors)
 
 
 def export(model: QuantizedFlux, out: Path, form: Form, *, overwrite: bool = False) -> None:

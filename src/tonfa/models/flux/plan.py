@@ -7,8 +7,11 @@ and the output layer in 16 bits: the layers and precisions of the published FLUX
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from tonfa.errors import CheckpointError
 from tonfa.plan import BlockPlan, LinearPlan, ModelPlan
 
 MLP_RATIO = 4
@@ -25,6 +28,39 @@ class FluxDims:
     num_layers: int
     num_single_layers: int
     guidance_embeds: bool
+
+
+_LARGEST = {
+    "patch_size": 64,
+    "in_channels": 2**16,
+    "out_channels": 2**16,
+    "num_layers": 1024,
+    "num_single_layers": 1024,
+    "attention_head_dim": 2**12,
+    "num_attention_heads": 2**12,
+    "joint_attention_dim": 2**17,
+    "pooled_projection_dim": 2**17,
+}
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for absurd sizes in config.json, before modules or plans are made of them."""
+    for name, largest in _LARGEST.items():
+        value = config.get(name, 1)
+        optional = name == "out_channels" and value is None
+        if not optional and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest):
+            raise CheckpointError(f"config.json: {name} is {value!r}, expected an integer up to {largest}")
+
+
+def flux_dims(config: Mapping[str, Any]) -> FluxDims:
+    """What the plan depends on; keys that are missing have Diffusers' defaults. Raises CheckpointError for nonsense."""
+    check_counts(config)
+    return FluxDims(
+        config.get("num_attention_heads", 24) * config.get("attention_head_dim", 128),
+        config.get("num_layers", 19),
+        config.get("num_single_layers", 38),
+        bool(config.get("guidance_embeds", False)),
+    )
 
 
 def _outer(dims: FluxDims) -> BlockPlan:
