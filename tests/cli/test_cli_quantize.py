@@ -79,7 +79,7 @@ def test_existing_folder(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
         ("int4", "quantized already"),
         ("no-weights", "no diffusion_pytorch_model.safetensors"),
         ("broken-config", "cannot be read as JSON"),
-        ("no-heads", "num_attention_heads is 'many', expected a count"),
+        ("no-heads", "num_attention_heads is 'many', expected an integer"),
         ("unknown-key", "describes no FLUX transformer: .*surprise"),
         ("wrong-config", "tensors do not fit the model"),
     ],

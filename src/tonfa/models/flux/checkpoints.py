@@ -1,4 +1,4 @@
-"""Opening a 4-bit FLUX checkpoint of any container: native folder, Nunchaku's legacy folder, Nunchaku's single file."""
+"""Opening a 4-bit FLUX checkpoint of any container: native folder, Nunchaku's folder or file, Diffusers' own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tonfa.checkpoint import files, native
+from tonfa.checkpoint.deviations import LAYERS, with_deviations
 from tonfa.checkpoint.strict import Spec
 from tonfa.checkpoint.tensors import TensorFiles, TensorFolder, read_json
 from tonfa.errors import CheckpointError
+from tonfa.models.flux.lite import METHOD, LiteTensors, find_deviations, is_lite, parse_config
 from tonfa.models.flux.nunchaku import NunchakuTensors, branch_rank
-from tonfa.models.flux.plan import flux_dims
+from tonfa.models.flux.plan import flux_dims, flux_plan
 
 LEGACY_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 _SINGLE_FILE = (".safetensors", ".sft")
@@ -40,7 +42,11 @@ def open_checkpoint(source: str | Path, **hub: Any) -> Opened:
     folder = files.resolve(source, **hub)
     if any((folder / name).exists() for name in LEGACY_FILES):
         return _legacy_folder(folder)
-    return Opened(str(folder), native.read_config(folder), lambda _: TensorFolder(folder))
+    config = read_json(folder / native.CONFIG)
+    if is_lite(config):
+        return _lite_folder(folder, config)
+    native.check_config(config, str(folder / native.CONFIG))
+    return Opened(str(folder), config, lambda _: TensorFolder(folder))
 
 
 def _single_file(path: Path) -> Opened:
@@ -54,6 +60,19 @@ def _single_file(path: Path) -> Opened:
 
 def _legacy_folder(folder: Path) -> Opened:
     return _nunchaku(TensorFiles(folder / n for n in LEGACY_FILES), read_json(folder / "config.json"), str(folder))
+
+
+def _lite_folder(folder: Path, config: Mapping[str, Any]) -> Opened:
+    plan = flux_plan(flux_dims(config))
+    lite = parse_config(config, plan, str(folder / native.CONFIG))
+    source = TensorFolder(folder)
+    layers = find_deviations(source, plan, lite)
+    made = {**native.quantization_config(lite.rank, {"name": METHOD}), LAYERS: layers}
+
+    def tensors(expected: Spec) -> native.Source:
+        return LiteTensors(source, with_deviations(plan, layers, str(folder)), lite, expected, str(folder))
+
+    return Opened(str(folder), {**config, "quantization_config": made}, tensors)
 
 
 def _object(text: str, what: str) -> dict[str, Any]:

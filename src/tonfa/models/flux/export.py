@@ -1,7 +1,8 @@
-"""Writing a 4-bit FLUX checkpoint in another container: Nunchaku's file or folder, native folder, dense Diffusers.
+"""Writing a 4-bit FLUX checkpoint in another container: native, Nunchaku's file or folder, Diffusers' 4-bit or dense.
 
-Tensors are read, converted and written one at a time. Nunchaku's and the native forms hold the same numbers; the dense
-weights are what the 4-bit ones stand for, rounded to the checkpoint's own floating dtype.
+Tensors are read, converted and written one at a time. Nunchaku's and the native forms hold the same numbers; what
+changes in Diffusers' 4-bit form is told in `lite_export.py`; the dense weights are what the 4-bit ones stand for,
+rounded to the checkpoint's own floating dtype.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tonfa.checkpoint import native, nunchaku_layout
+from tonfa.checkpoint import native
 from tonfa.checkpoint.atomic import explained, new_folder, write_json
 from tonfa.checkpoint.shards import DEFAULT_SHARD_SIZE, group_by_size, shard_names, write_index, write_tensors
-from tonfa.checkpoint.strict import Spec, check, check_one_float, dtype_name
+from tonfa.checkpoint.strict import Spec, check, check_one_float
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.checkpoints import LEGACY_FILES, open_checkpoint
 from tonfa.models.flux.layers import configured_plan
+from tonfa.models.flux.lite_export import LiteForm
 from tonfa.models.flux.nunchaku import packed_tensors
+from tonfa.models.flux.published import PublishedTensors
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.plan import LinearPlan, ModelPlan
 from tonfa.quantize.planned import dense_spec, planned_spec
 from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
-Form = Literal["native", "nunchaku", "nunchaku-folder", "dense"]
+Form = Literal["native", "nunchaku", "nunchaku-folder", "nunchaku-lite", "dense"]
 
 DENSE_CLASS = "FluxTransformer2DModel"
 NUNCHAKU_CLASS = "NunchakuFluxTransformer2dModel"
@@ -102,6 +105,10 @@ def export(model: QuantizedFlux, out: Path, form: Form, *, overwrite: bool = Fal
             _write_shards(folder, _native(model), config)
         elif form == "dense":
             _write_shards(folder, _dense(model), _diffusers_config(model))
+        elif form == "nunchaku-lite":
+            lite = LiteForm(model)
+            config = {**_diffusers_config(model), "quantization_config": lite.quantization_config}
+            _write_shards(folder, _Tensors(lite.spec, lite.__getitem__), config)
         else:
             _write_legacy(model, folder)
 
@@ -150,12 +157,12 @@ def _write_file(model: QuantizedFlux, out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out}: is a folder; name a file to write to")
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another name or ask to overwrite it")
-    tensors = _nunchaku(model)
+    tensors, rank = _nunchaku(model)
     metadata = {
         "config": json.dumps(_diffusers_config(model)),
         "comfy_config": json.dumps(comfy_config(model)),
         "model_class": NUNCHAKU_CLASS,
-        "quantization_config": json.dumps(_nunchaku_quantization(model.rank)),
+        "quantization_config": json.dumps(_nunchaku_quantization(rank)),
     }
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +170,7 @@ def _write_file(model: QuantizedFlux, out: Path, overwrite: bool) -> None:
 
 
 def _write_legacy(model: QuantizedFlux, folder: Path) -> None:
-    tensors = _nunchaku(model)
+    tensors, _ = _nunchaku(model)
     inner = [name for name in tensors if name.startswith(_BLOCKS)]
     outer = [name for name in tensors if not name.startswith(_BLOCKS)]
     for file, names in zip(LEGACY_FILES, (inner, outer), strict=True):
@@ -173,13 +180,13 @@ def _write_legacy(model: QuantizedFlux, folder: Path) -> None:
     write_json(folder / "comfy_config.json", comfy_config(model))
 
 
-def _nunchaku(model: QuantizedFlux) -> _Tensors:
-    """The packed tensors under v1 names; `smooth_orig`, which no engine uses but one wants, is `smooth` again."""
-    if model.dtype.itemsize != 2:
-        raise CheckpointError(f"{model.where}: its floats are {dtype_name(model.dtype)}, but Nunchaku's have 16 bits")
-    if model.rank % nunchaku_layout.RANK_TILE:
-        raise CheckpointError(f"{model.where}: rank {model.rank} is no multiple of 16, which Nunchaku's kernels need")
-    packed = packed_tensors(model.plan, model.rank, model.dtype, "v1", model.spec)
+def _nunchaku(model: QuantizedFlux) -> tuple[_Tensors, int]:
+    """The packed tensors under v1 names, and their rank.
+
+    `smooth_orig`, which no engine uses but one wants, is `smooth` again.
+    """
+    published = PublishedTensors(model)
+    packed = packed_tensors(published.plan, published.rank, model.dtype, "v1", model.spec)
     places = {tensor.name: (name, tensor) for name, tensor in packed.items()}
     for name, tensor in packed.items():
         if name.endswith(".smooth_factor"):
@@ -187,9 +194,9 @@ def _nunchaku(model: QuantizedFlux) -> _Tensors:
 
     def make(name: str) -> Tensor:
         native_name, tensor = places[name]
-        return tensor.pack(model.source[native_name])
+        return tensor.pack(published[native_name])
 
-    return _Tensors({name: (tensor.shape, tensor.dtype) for name, (_, tensor) in places.items()}, make)
+    return _Tensors({name: (tensor.shape, tensor.dtype) for name, (_, tensor) in places.items()}, make), published.rank
 
 
 def _nunchaku_quantization(rank: int) -> dict[str, Any]:
