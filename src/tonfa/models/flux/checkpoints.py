@@ -63,10 +63,11 @@ def _legacy_folder(folder: Path) -> Opened:
 
 
 def _lite_folder(folder: Path, config: Mapping[str, Any]) -> Opened:
-    plan = flux_plan(flux_dims(config))
-    lite = parse_config(config, plan, str(folder / native.CONFIG))
+    where = str(folder / native.CONFIG)
+    plan = flux_plan(flux_dims(config, where))
+    lite = parse_config(config, plan, where)
     source = TensorFolder(folder)
-    layers = find_deviations(source, plan, lite)
+    layers = find_deviations(source, plan, lite, str(folder))
     made = {**native.quantization_config(lite.rank, {"name": METHOD}), LAYERS: layers}
 
     def tensors(expected: Spec) -> native.Source:

@@ -8,6 +8,7 @@ inputs. Modulations keep Diffusers' rows and their biases have no 1 added. One r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,9 @@ def parse_config(config: Mapping[str, Any], plan: ModelPlan, where: str) -> Lite
         raise CheckpointError(f"{where}: is a {name}; of {METHOD} checkpoints, only those of {CLASS} run here")
     quantization = config["quantization_config"]
     _check_keys(quantization, _KEYS, "quantization_config", where)
-    dtype = quantization.get("compute_dtype") or "bfloat16"
-    if dtype not in _DTYPES:
+    dtype = quantization.get("compute_dtype")
+    dtype = "bfloat16" if dtype is None else dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{where}: compute_dtype {dtype!r} is not supported, only {' and '.join(_DTYPES)} are")
     for section, expected in targets(plan).items():
         _check_section(quantization.get(section), section, expected, where)
@@ -105,7 +107,7 @@ def _check_section(found: Any, section: str, expected: list[str], where: str) ->
     differences = {
         "lacks": set(expected) - set(named),
         "has": set(named) - set(expected),
-        "repeats": {target for target in named if named.count(target) > 1} if len(set(named)) < len(named) else (),
+        "repeats": {target for target, count in Counter(named).items() if count > 1},
     }
     for verb, names in differences.items():
         if names:
@@ -140,14 +142,14 @@ def same_bits(tensors: Iterable[Tensor]) -> bool:
     return all(torch.equal(first, other) for other in others)
 
 
-def find_deviations(files: TensorFiles, plan: ModelPlan, lite: LiteConfig) -> dict[str, dict[str, Any]]:
+def find_deviations(files: TensorFiles, plan: ModelPlan, lite: LiteConfig, where: str) -> dict[str, dict[str, Any]]:
     """How the fused linears differ from the native rule (`checkpoint.deviations`), told by the tensors.
 
     q, k and v with one smoothing factor are stacked. With one `proj_down` too they keep their rank, otherwise their
     branches stand beside each other in three times the rank. With other smoothing factors they cannot be stacked.
     Tensors that are missing or misshapen change nothing here: `LiteTensors` lists them.
     """
-    fields = lite_fields(plan, lite.rank, lite.dtype, "")
+    fields = lite_fields(plan, lite.rank, lite.dtype, where)
     spec = files.spec()
 
     def alike(linear: LinearPlan, field: str) -> bool:
