@@ -108,7 +108,10 @@ def test_copies_and_replaced_parameters(activations: str, generator: torch.Gener
     other = stacked(generator, activations=activations)
     layer.load_state_dict({name: t.clone() for name, t in other.state_dict().items()})
     assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), expected)
-    assert layer.binding() is layer.parts[0].binding()
+    for policy in ("none", activations):
+        layer.parts[0].set_activations(policy)
+        assert layer.binding() is layer.parts[0].binding()
+        assert layer.binding().kernels.activations == policy
 
 
 def test_wrong_parts_and_inputs(generator: torch.Generator) -> None:

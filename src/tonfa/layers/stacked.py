@@ -46,8 +46,15 @@ class StackedLinear(FusedLinear):
         return self._linears[0]._key()
 
     def _bind(self) -> Binding:
-        """The first part's, for kernels that need no weights, such as the attention's."""
         return self._linears[0].binding()
+
+    def binding(self) -> Binding:
+        """The first part's, for kernels that need no weights, such as the attention's.
+
+        Asked for anew each time, because parts are bound to other kernels without this layer's knowledge.
+        """
+        self.unbind()
+        return super().binding()
 
     def input_weights(self) -> None:
         """None: no one smoothing factor quantizes the input of all parts."""

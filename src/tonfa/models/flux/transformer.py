@@ -124,7 +124,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         local_files_only: bool = False,
         **options: Any,
     ) -> SVDQFluxTransformer2DModel:
-        """Load a 4-bit checkpoint: a native folder, a Nunchaku folder or single file, local or on the Hub.
+        """Load a 4-bit checkpoint, local or on the Hub: native, Nunchaku's folder or file, Diffusers' `nunchaku_lite`.
 
         A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository.
         `dtype` (or `torch_dtype`) casts scales and 16-bit weights; None keeps the checkpoint's. `activations` is the
