@@ -81,6 +81,8 @@ def quantized_modules(dense: FluxTransformer2DModel, share: str, rank: int = 16)
         else:
             for name, linear, smooth in zip(group, linears, smooths, strict=True):
                 modules[name] = smoothed(linear.weight.detach(), linear.bias.detach(), smooth)
+        if name.endswith("proj_out"):
+            modules[name].bias[3] = -0.0  # another sign of zero is another bit
     for name in modulations:
         linear = dense.get_submodule(name)
         modules[name] = quantize_modulation(linear.weight.detach(), linear.bias.detach(), dtype=torch.bfloat16)
