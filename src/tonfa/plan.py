@@ -32,6 +32,10 @@ class LinearPlan:
     """Row ranges whose bias has 1 added: a modulation's scales, so that the model computes norm(x) * scale + shift."""
     shares_input: str | None = None
     """Name of the linear whose input this one reads too; both then have one smoothing factor."""
+    rank: int | None = None
+    """Width of its low-rank branch; None is the checkpoint's."""
+    parts: int = 1
+    """More than 1: its rows are so many linears with a smoothing factor and a branch of their own."""
 
 
 @dataclass(frozen=True)

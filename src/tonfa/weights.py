@@ -100,12 +100,33 @@ class SVDQWeights(PackedWeights):
         """The same linear for formats with a sign: no GELU_SHIFT, its correction taken out of the bias (float32)."""
         if not self.unsigned:
             return self
-        correction = GELU_SHIFT * (self.residual() / self.smooth_factor.float()).sum(dim=1)
-        return replace(self, bias=self.bias.float() + correction, unsigned=False)
+        return replace(self, bias=self.bias.float() + self._shift_correction(), unsigned=False)
+
+    def shifted(self) -> SVDQWeights:
+        """The inverse of `unshifted`: the same linear behind a GELU with its input shifted (bias in float32)."""
+        if self.unsigned:
+            return self
+        return replace(self, bias=self.bias.float() - self._shift_correction(), unsigned=True)
+
+    def _shift_correction(self) -> Tensor:
+        """(N,) float32: what GELU_SHIFT in every channel adds to the output."""
+        return GELU_SHIFT * (self.residual() / self.smooth_factor.float()).sum(dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, as a checkpoint holds them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unsigned"}
+
+
+@dataclass(frozen=True)
+class StackedWeights:
+    """Linears that read one input and smooth it differently, so that each quantizes it; their outputs are joined."""
+
+    parts: tuple[SVDQWeights, ...]
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """The weight (N, K) and bias (N,) of all parts."""
+        weights, biases = zip(*(part.dense(dtype) for part in self.parts), strict=True)
+        return torch.cat(weights), torch.cat(biases)
 
 
 @dataclass(frozen=True)

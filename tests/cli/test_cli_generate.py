@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,26 @@ def test_picture_with_a_4_bit_transformer(
     assert "bfloat16, not quantized" in dense.stderr
     difference = np.abs(pixels(tmp_path / "dense.png").astype(int) - picture).mean()
     assert 0 < difference < 0.2 * picture.std()
+
+
+def test_a_pipeline_with_diffusers_4_bit_transformer(
+    tonfa, depth_pipeline: Path, checkpoint: Path, depth_map: Path, tmp_path: Path
+) -> None:
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(depth_pipeline, pipeline)
+    shutil.rmtree(pipeline / "transformer")
+    assert tonfa("convert", checkpoint, pipeline / "transformer", "--to", "nunchaku-lite").exit_code == 0
+    command = ("-p", "cat", *SHORT, "--control-image", depth_map, "--activations", "int8")
+    own = tonfa("generate", pipeline, *command, "--output", tmp_path / "own.png")
+    assert own.exit_code == 0, own.output
+    assert "4-bit weights and a rank-64 branch, int8 activations" in own.stderr
+    given = ("generate", depth_pipeline, "--transformer", pipeline / "transformer", *command)
+    assert tonfa(*given, "--output", tmp_path / "given.png").exit_code == 0
+    native = ("generate", depth_pipeline, "--transformer", checkpoint, *command)
+    assert tonfa(*native, "--output", tmp_path / "native.png").exit_code == 0
+    own_pixels, others = pixels(tmp_path / "own.png"), pixels(tmp_path / "native.png")
+    assert (own_pixels == pixels(tmp_path / "given.png")).all()
+    assert np.abs(own_pixels.astype(int) - others).mean() < 0.05 * others.std()
 
 
 def test_the_picture_is_that_of_the_library(tonfa, depth_pipeline: Path, depth_map: Path, tmp_path: Path) -> None:

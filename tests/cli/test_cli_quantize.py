@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tonfa.cli.quantize import flux_dims
 from tonfa.errors import CheckpointError
-from tonfa.models.flux.plan import FluxDims
+from tonfa.models.flux.plan import FluxDims, flux_dims
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -80,7 +79,7 @@ def test_existing_folder(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
         ("int4", "quantized already"),
         ("no-weights", "no diffusion_pytorch_model.safetensors"),
         ("broken-config", "is no JSON"),
-        ("no-heads", "num_attention_heads is 'many', expected a count"),
+        ("no-heads", "num_attention_heads is 'many', expected an integer"),
         ("unknown-key", "describes no FLUX transformer: .*surprise"),
         ("wrong-config", "tensors do not fit the model"),
     ],

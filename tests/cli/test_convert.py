@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tonfa import SVDQFluxTransformer2DModel
+from tonfa.checkpoint import nunchaku_layout as layout
 from tonfa.quantize.recipe import Recipe
 
 TINY = Path(__file__).parents[1] / "data" / "svdq-int4_r32-tiny.safetensors"
@@ -135,3 +136,29 @@ def test_values_that_cannot_be_computed_with_are_not_passed_on(tonfa, native: Pa
             result = tonfa("convert", tmp_path / "q", tmp_path / out, "--to", form)
             assert result.exit_code == 1 and f"{name}: 1 of " in result.stderr, result.output
             assert not (tmp_path / out).exists()
+
+
+def test_diffusers_4_bit_form_and_back(tonfa, tmp_path: Path) -> None:
+    result = tonfa("convert", TINY, tmp_path / "lite", "--to", "nunchaku-lite")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'lite'}\n"
+    config = json.loads((tmp_path / "lite" / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert (config["_class_name"], quantization["quant_method"]) == ("FluxTransformer2DModel", "nunchaku_lite")
+    assert (quantization["compute_dtype"], quantization["svdq_w4a4"]["rank"]) == ("bfloat16", 64)
+    for form, name in (("native", "q"), ("nunchaku-lite", "again")):
+        source = tmp_path / ("q" if (tmp_path / "q").exists() else "lite")
+        assert tonfa("convert", source, tmp_path / name, "--to", form).exit_code == 0
+    assert _equal(load_file(tmp_path / "lite" / DENSE), load_file(tmp_path / "again" / DENSE))
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+
+
+def test_ranks_are_filled_up_to_a_multiple_of_16(tonfa, native: Path, tmp_path: Path) -> None:
+    """Branches are wide enough for both halves of `proj_out`; what is added are zeros."""
+    assert tonfa("convert", native, tmp_path / "lite", "--to", "nunchaku-lite").exit_code == 0
+    name = "transformer_blocks.0.ff.net.0.proj"
+    down = load_file(tmp_path / "lite" / DENSE)[f"{name}.proj_down"]
+    assert down.shape == (128, 32)
+    kept = layout.unpack_lowrank(down, 128, down=True)
+    assert torch.equal(kept[:, :16], load_file(native / DENSE)["transformer_blocks.0.ff.up.proj_down"])
+    assert not kept[:, 16:].any()

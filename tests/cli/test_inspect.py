@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from flux_models import dense_model
+from lite_models import quantized_modules, save_lite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -60,6 +61,25 @@ def test_dense_folder(tonfa, tmp_path: Path) -> None:
     facts = json.loads(tonfa("inspect", tmp_path / "dense", "--json").stdout)
     assert (facts["container"], facts["precision"], set(facts["kinds"])) == ("diffusers", None, {"dense"})
     assert "not quantized" in tonfa("inspect", tmp_path / "dense").stdout
+
+
+def test_diffusers_4_bit_folder(tonfa, tmp_path: Path) -> None:
+    dense = dense_model(num_layers=1, num_single_layers=1)
+    for share, odd in (("branch", False), ("nothing", True)):
+        folder = save_lite(tmp_path / share, dense, quantized_modules(dense, share))
+        result = tonfa("inspect", folder, "--json")
+        assert result.exit_code == 0, result.stderr
+        facts = json.loads(result.stdout)
+        assert (facts["container"], facts["dialect"], facts["dtype"]) == ("nunchaku-lite", "diffusers", "bfloat16")
+        assert (facts["precision"], facts["rank"], facts["group_size"]) == ("int4", 16, 64)
+        assert facts["kinds"]["codes"]["tensors"] == 12 + 5
+        assert facts["kinds"]["modulations"]["tensors"] == 3 * 4
+        assert sum(kind["bytes"] for kind in facts["kinds"].values()) == facts["bytes"]
+        found = {oddity["what"]: oddity["tensors"] for oddity in facts["oddities"]}
+        apart = ["attn.to_qkv", "attn.add_qkv_proj"]
+        expected = [f"transformer_blocks.0.{n}" for n in apart] + ["single_transformer_blocks.0.attn.to_qkv"]
+        assert found.get("q, k and v smoothed apart, so quantized three times", []) == (expected if odd else [])
+    assert "Diffusers' nunchaku_lite folder, diffusers names" in tonfa("inspect", tmp_path / "branch").stdout
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.safetensors"])

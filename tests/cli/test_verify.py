@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from flux_models import dense_model
+from lite_models import quantized_modules, save_lite
 from safetensors.torch import load_file, save_file
 
 from tonfa import SVDQFluxTransformer2DModel
@@ -93,3 +94,24 @@ def test_missing_tensor(tonfa, folders: tuple[Path, Path]) -> None:
     save_file(tensors, quantized / WEIGHTS)
     result = tonfa("verify", quantized)
     assert result.exit_code == 1 and "1 missing: x_embedder.bias" in result.stderr
+
+
+@pytest.mark.parametrize("share", ["branch", "smoothing", "nothing"])
+def test_diffusers_4_bit_folder(tonfa, share: str, tmp_path: Path) -> None:
+    dense = dense_model(num_layers=1, num_single_layers=1)
+    torch.nn.Module.to(dense, torch.bfloat16).save_pretrained(tmp_path / "dense")
+    lite = save_lite(tmp_path / "lite", dense, quantized_modules(dense, share))
+    result = tonfa("verify", lite, "--against", tmp_path / "dense", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    errors = report["errors"]
+    assert report["ok"] and report["problems"] == [] and len(errors) == 10 + 5
+    assert all(0.01 < error < 0.2 for error in errors.values())
+
+    tensors = load_file(lite / WEIGHTS)
+    tensors["single_transformer_blocks.0.attn.to_v.smooth_factor"].view(-1)[3] = 0
+    save_file(tensors, lite / WEIGHTS)
+    report = json.loads(tonfa("verify", lite, "--json").stdout)
+    # One changed factor alone sets the three apart, so the part is named whatever they shared.
+    named = "single_transformer_blocks.0.attn.to_qkv.parts.2.smooth_factor"
+    assert [p["tensor"] for p in report["problems"]] == [named]

@@ -10,7 +10,7 @@ import typer
 from tonfa.cli.console import duration, stderr
 from tonfa.cli.failures import Debug, command
 
-Form = Literal["native", "nunchaku", "nunchaku-folder", "dense"]
+Form = Literal["native", "nunchaku", "nunchaku-folder", "nunchaku-lite", "dense"]
 
 
 @command(interrupted="nothing half-written")
@@ -21,7 +21,10 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in DST.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Write a 4-bit FLUX checkpoint in another container. Only `dense` rounds; all others hold the same numbers.
+    """Write a 4-bit FLUX checkpoint in another container.
+
+    `native` and Nunchaku's forms hold the same numbers. `nunchaku-lite` is for Diffusers alone, whose layers behind a
+    GELU quantize signed inputs. `dense` rounds.
 
     Example:
 

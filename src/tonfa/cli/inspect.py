@@ -18,6 +18,7 @@ _CONTAINERS = {
     "native": "native folder",
     "nunchaku": "Nunchaku single file",
     "nunchaku-folder": "Nunchaku folder",
+    "nunchaku-lite": "Diffusers' nunchaku_lite folder",
     "diffusers": "dense Diffusers folder: not quantized, `tonfa quantize` makes it 4-bit",
 }
 

@@ -126,13 +126,24 @@ def prompts_may_be_cut() -> None:
     diffusers_logging.set_verbosity_warning()
 
 
-def load_transformer(checkpoint: str, placement: Placement) -> Any:
+def load_transformer(checkpoint: str, placement: Placement, subfolder: str | None = None) -> Any:
     """The 4-bit transformer, still on the CPU where the pipeline will offload."""
     from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 
     return SVDQFluxTransformer2DModel.from_pretrained(
-        checkpoint, torch_dtype=placement.dtype, activations=placement.activations
+        checkpoint, subfolder=subfolder, torch_dtype=placement.dtype, activations=placement.activations
     )
+
+
+def _components(model: str, transformer: str | None, placement: Placement) -> dict[str, Any]:
+    """What is not left to Diffusers: a given transformer, and one that Diffusers loads for some GPUs alone."""
+    from tonfa.models.flux.lite import is_lite
+
+    if transformer is not None:
+        return {"transformer": load_transformer(transformer, placement)}
+    if is_lite(read_json(model, "transformer/config.json", "MODEL") or {}):
+        return {"transformer": load_transformer(model, placement, "transformer")}
+    return {}
 
 
 def load(model: str, transformer: str | None, control: bool, placement: Placement) -> Any:
@@ -142,14 +153,14 @@ def load(model: str, transformer: str | None, control: bool, placement: Placemen
 
     import tonfa  # noqa: F401  (Diffusers finds a saved 4-bit transformer's class in an imported `tonfa` alone)
 
-    components = {} if transformer is None else {"transformer": load_transformer(transformer, placement)}
+    components = _components(model, transformer, placement)
     pipeline_class = FluxControlPipeline if control else FluxPipeline
     try:
         pipe = pipeline_class.from_pretrained(model, dtype=placement.dtype, **components)
     except ValueError as error:
         raise CheckpointError(f"model {model}: it does not load: {error}") from error
     prompts_may_be_cut()
-    if transformer is None and placement.activations is not None:
+    if not components and placement.activations is not None:
         pipe.transformer.set_activations(placement.activations)
     pipe.set_progress_bar_config(disable=True)
     if placement.offload:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tonfa.checkpoint.strict import Spec
-    from tonfa.models.flux.plan import FluxDims
     from tonfa.quantize.recipe import Recipe
     from tonfa.quantize.stream import Report
 
@@ -55,7 +54,7 @@ def quantize(
     """
     console = stderr()
     from tonfa.checkpoint.tensors import TensorFolder
-    from tonfa.models.flux.plan import flux_plan
+    from tonfa.models.flux.plan import flux_dims, flux_plan
     from tonfa.quantize.recipe import Recipe
     from tonfa.quantize.stream import quantize_checkpoint
 
@@ -123,19 +122,6 @@ def read_flux_config(folder: Path) -> dict[str, Any]:
     if name != DENSE_CLASS:
         raise CheckpointError(f"no FLUX model: {path} is of class {name}, expected {DENSE_CLASS}")
     return config
-
-
-def flux_dims(config: Mapping[str, Any]) -> FluxDims:
-    """What the plan depends on; keys that are missing have Diffusers' defaults. Raises CheckpointError for nonsense."""
-    from tonfa.models.flux.plan import FluxDims
-
-    defaults = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "num_single_layers": 38}
-    values = {key: config.get(key, default) for key, default in defaults.items()}
-    for key, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise CheckpointError(f"config.json: {key} is {value!r}, expected a count")
-    heads, head_dim, layers, single_layers = values.values()
-    return FluxDims(heads * head_dim, layers, single_layers, bool(config.get("guidance_embeds", False)))
 
 
 def _target(config: Mapping[str, Any], recipe: Recipe) -> Spec:

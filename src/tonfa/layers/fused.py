@@ -16,6 +16,9 @@ from tonfa.layers.bound import Binding, BoundModule
 from tonfa.ops.activation import InputWeights, QuantizedActivation
 from tonfa.ops.fused import Rotary
 
+QuantizedInput = QuantizedActivation | tuple[QuantizedActivation, ...]
+"""A linear's quantized input; one for each part of a linear whose parts smooth differently."""
+
 
 class FusedLinear(BoundModule):
     """A linear y = x W^T + b in steps: `quantize` its input (or fuse that with what comes before), then a product."""
@@ -27,34 +30,34 @@ class FusedLinear(BoundModule):
     def input_weights(self) -> InputWeights | None:
         """What quantizing the input needs; None where it is not quantized."""
 
-    def quantize(self, x: Tensor) -> QuantizedActivation:
+    def quantize(self, x: Tensor) -> QuantizedInput:
         """(..., K) -> what the products below read."""
         bound = self.binding()
         return bound.kernels.quantize(x, bound.input_weights)
 
-    def norm_modulate_quantize(self, x: Tensor, scale: Tensor, shift: Tensor) -> QuantizedActivation:
+    def norm_modulate_quantize(self, x: Tensor, scale: Tensor, shift: Tensor) -> QuantizedInput:
         """LayerNorm of x (B, L, K), modulation with (B, K) each, quantization."""
         bound = self.binding()
         return bound.kernels.norm_modulate_quantize(x, scale, shift, bound.input_weights)
 
-    def product(self, x: QuantizedActivation) -> Tensor:
+    def product(self, x: QuantizedInput) -> Tensor:
         """(M, N)."""
         bound = self.binding()
         return bound.kernels.product(x, bound.product_weights)
 
-    def product_gelu_quantize(self, x: QuantizedActivation, following: FusedLinear) -> QuantizedActivation:
+    def product_gelu_quantize(self, x: QuantizedInput, following: FusedLinear) -> QuantizedInput:
         """The input of `following`: gelu(product), quantized."""
         bound = self.binding()
         return bound.kernels.product_gelu_quantize(x, bound.product_weights, following.binding().input_weights)
 
     def product_norm_rope(
-        self, x: QuantizedActivation, norm_q: Tensor, norm_k: Tensor, rotary: Rotary
+        self, x: QuantizedInput, norm_q: Tensor, norm_k: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalized and rotated q, k, and v, each (B, H, L, D), from a linear that stacks all three."""
         bound = self.binding()
         return bound.kernels.product_norm_rope(x, bound.product_weights, norm_q, norm_k, rotary)
 
-    def product_gate_residual(self, x: QuantizedActivation, residual: Tensor, gate: Tensor) -> Tensor:
+    def product_gate_residual(self, x: QuantizedInput, residual: Tensor, gate: Tensor) -> Tensor:
         """Residual (B, L, N) + gate (B, N) * product."""
         bound = self.binding()
         return bound.kernels.product_gate_residual(x, bound.product_weights, residual, gate)
@@ -104,7 +107,7 @@ class SharedInput:
         joint = InputWeights(first.smooth_factor, proj_down, first.unsigned, first.activations)
         return bindings[0].kernels.pack_input(joint)
 
-    def norm_modulate_quantize(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[QuantizedActivation, ...]:
+    def norm_modulate_quantize(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[QuantizedInput, ...]:
         """LayerNorm of x (B, L, K), modulation with (B, K) each, quantization: the input of each linear."""
         joint = self._joint()
         if joint is None:

@@ -58,19 +58,21 @@ class W4A16Linear(BoundModule):
 class Modulation(nn.Module):
     """`chunks` vectors for each image from linear(silu(conditioning)).
 
-    Chunks are (shift, scale, gate), twice in a double block. Scales are returned as 1 + scale: 4-bit checkpoints hold
-    the 1 in the bias already.
+    Chunks are (shift, scale, gate), twice in a double block. Scales are returned as 1 + scale; `plus_one` says that the
+    bias of a 4-bit linear holds the 1 already, as Nunchaku's and native checkpoints have it.
     """
 
-    def __init__(self, hidden_size: int, chunks: int, linear: W4A16Linear | DenseLinear) -> None:
+    def __init__(
+        self, hidden_size: int, chunks: int, linear: W4A16Linear | DenseLinear, *, plus_one: bool = True
+    ) -> None:
         super().__init__()
-        self.hidden_size, self.chunks = hidden_size, chunks
+        self.hidden_size, self.chunks, self.plus_one = hidden_size, chunks, plus_one
         self.linear = linear
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
         """(B, D) -> `chunks` times (B, D)."""
         vectors = list(self.linear(functional.silu(conditioning)).chunk(self.chunks, dim=1))
-        if isinstance(self.linear, DenseLinear):
+        if isinstance(self.linear, DenseLinear) or not self.plus_one:
             for i in {1, self.chunks - 2}:
                 vectors[i] = 1 + vectors[i]
         return tuple(vectors)

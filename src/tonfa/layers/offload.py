@@ -28,6 +28,7 @@ def offloadable(forward: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             for module, hook in hooked:
                 hook.post_forward(module, None)
+            for module in block.modules() if hooked else ():
                 if isinstance(module, BoundModule):
                     module.unbind()
 

@@ -61,6 +61,18 @@ def norm_rope(
     return (y * cos + rotated * sin).to(x.dtype).transpose(1, 2)
 
 
+def heads_norm_rope(
+    y: Tensor,  # (B * L, 3 * H * D): q, k and v side by side
+    norm_q: Tensor,  # (D,)
+    norm_k: Tensor,  # (D,)
+    rotary: Rotary,  # (L, D) each
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm and RoPE of q and k; heads apart: three times (B, H, L, D)."""
+    length, head_dim = rotary[0].shape
+    q, k, v = y.unflatten(0, (-1, length)).unflatten(2, (3, -1, head_dim)).unbind(2)
+    return norm_rope(q, norm_q, rotary), norm_rope(k, norm_k, rotary), v.transpose(1, 2)
+
+
 def gate_residual(
     y: Tensor,  # (B, L, N)
     residual: Tensor,  # (B, L, N)
@@ -98,9 +110,7 @@ def product_norm_rope(
     rotary: Rotary,  # (L, D) each
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Product with stacked q, k, v; RMSNorm and RoPE of q and k; heads apart: three times (B, H, L, D)."""
-    length, head_dim = rotary[0].shape
-    q, k, v = ops.product(x, w).unflatten(0, (-1, length)).unflatten(2, (3, -1, head_dim)).unbind(2)
-    return norm_rope(q, norm_q, rotary), norm_rope(k, norm_k, rotary), v.transpose(1, 2)
+    return heads_norm_rope(ops.product(x, w), norm_q, norm_k, rotary)
 
 
 def product_gate_residual(

@@ -13,7 +13,7 @@ from tonfa.formats import GROUP_SIZE
 from tonfa.plan import LinearPlan, ModelPlan
 from tonfa.quantize.modulation import quantize_modulation
 from tonfa.quantize.recipe import Recipe, quantize_linear
-from tonfa.weights import SVDQWeights, W4A16Weights
+from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
 
 class Reader(Protocol):
@@ -45,16 +45,21 @@ def quantize_planned(
     return quantize_linear(weight, bias, recipe, unsigned=linear.unsigned, dtype=dtype, name=linear.name)
 
 
-def relative_error(weight: Tensor, weights: SVDQWeights | W4A16Weights) -> float:
+def relative_error(weight: Tensor, weights: SVDQWeights | W4A16Weights | StackedWeights) -> float:
     """||W - W_quantized|| / ||W|| in the Frobenius norm, 0 for an exact zero."""
     dense = weight.float()
     error = torch.linalg.vector_norm(dense - weights.dense()[0])
     return float(error / torch.linalg.vector_norm(dense).clamp_min(torch.finfo(torch.float32).tiny))
 
 
+def part_names(linear: LinearPlan) -> tuple[str, ...]:
+    """The modules that hold a planned linear's tensors: itself, or its parts."""
+    return (linear.name,) if linear.parts == 1 else tuple(f"{linear.name}.parts.{i}" for i in range(linear.parts))
+
+
 def planned_spec(linear: LinearPlan, rank: int, dtype: torch.dtype) -> Spec:
-    """Names, shapes and dtypes of the tensors that a planned linear becomes."""
-    n, k = linear.out_features, linear.in_features
+    """Names, shapes and dtypes of the tensors that a planned linear becomes; `rank` where it has none of its own."""
+    n, k, rank = linear.out_features // linear.parts, linear.in_features, linear.rank or rank
     groups = ((k // GROUP_SIZE, n), dtype)
     fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "qweight": ((n, k // 2), torch.uint8),
@@ -65,7 +70,7 @@ def planned_spec(linear: LinearPlan, rank: int, dtype: torch.dtype) -> Spec:
         fields |= {"wzeros": groups}
     else:
         fields |= {"smooth_factor": ((k,), dtype), "proj_down": ((k, rank), dtype), "proj_up": ((n, rank), dtype)}
-    return {f"{linear.name}.{field}": entry for field, entry in fields.items()}
+    return {f"{name}.{field}": entry for name in part_names(linear) for field, entry in fields.items()}
 
 
 def dense_spec(plan: ModelPlan, copies: Spec, dtype: torch.dtype) -> Spec:

@@ -17,8 +17,9 @@ from tonfa.checkpoint.values import flaws
 from tonfa.formats import GROUP_SIZE, INT4
 from tonfa.models.flux.checkpoints import LEGACY_FILES
 from tonfa.models.flux.export import DENSE_CLASS, QuantizedFlux, read_quantized
+from tonfa.models.flux.lite import LiteTensors
 from tonfa.models.flux.nunchaku import NunchakuTensors
-from tonfa.quantize.planned import dense_spec, gather, relative_error
+from tonfa.quantize.planned import dense_spec, gather, part_names, relative_error
 
 LARGEST_ERROR = 0.5
 """4-bit weights with a low-rank branch are within about 0.15 of their dense ones; more than this is another model."""
@@ -65,6 +66,8 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 def _stored(model: QuantizedFlux) -> tuple[str, str, TensorFiles]:
     """Container, dialect, and the tensors as the files have them."""
     where = Path(model.where)
+    if isinstance(model.source, LiteTensors):
+        return "nunchaku-lite", "diffusers", TensorFolder(where)
     if not isinstance(model.source, NunchakuTensors):
         return "native", "native", TensorFolder(where)
     if where.is_file():
@@ -124,6 +127,7 @@ def _oddities(model: QuantizedFlux, stored: TensorFiles) -> Iterator[dict[str, A
         "negative scales": [
             name for name in model.spec if name.endswith(".wscales") and bool((model.source[name] < 0).any())
         ],
+        "q, k and v smoothed apart, so quantized three times": [linear.name for linear in linears if linear.parts > 1],
         "padded scales of a modulation": [name for name, count in rows.items() if spec[name][0][0] != count],
     }
     for what, names in found.items():
@@ -161,7 +165,8 @@ def verify_checkpoint(path: Path, against: Path | None = None) -> dict[str, Any]
 
 
 def _signed_codes(model: QuantizedFlux) -> list[str]:
-    return [f"{linear.name}.qweight" for linear in model.plan.linears() if linear.kind == "svdq"]
+    linears = (linear for linear in model.plan.linears() if linear.kind == "svdq")
+    return [f"{name}.qweight" for linear in linears for name in part_names(linear)]
 
 
 def _errors(model: QuantizedFlux, against: Path) -> dict[str, float]:

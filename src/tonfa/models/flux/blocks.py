@@ -6,35 +6,40 @@ first wherever the streams are joined, as in Diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tonfa.layers.bound import BoundModule
-from tonfa.layers.fused import FusedLinear, SharedInput
+from tonfa.layers.fused import FusedLinear, QuantizedInput, SharedInput
 from tonfa.layers.modulation import Modulation
 from tonfa.layers.offload import offloadable
 from tonfa.models.flux.plan import MLP_RATIO
-from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import RMS_NORM_EPS, Rotary
 
-LinearFactory = Callable[..., FusedLinear]
-"""(in_features, out_features, unsigned=False) -> a linear with 4-bit or with 16-bit weights."""
 
-ModulationFactory = Callable[[int, int], Modulation]
-"""(hidden_size, chunks) -> a modulation with 4-bit or with 16-bit weights."""
+class Layers(Protocol):
+    """Makes a block's layers, with 4-bit or with 16-bit weights, by their full names in the model."""
+
+    def linear(self, name: str, in_features: int, out_features: int) -> FusedLinear:
+        """A linear."""
+        ...
+
+    def modulation(self, name: str, hidden_size: int, chunks: int) -> Modulation:
+        """A modulation; `name` is its linear's."""
+        ...
 
 
 class FeedForward(nn.Module):
     """down(gelu(up(x)))."""
 
-    def __init__(self, hidden_size: int, linear: LinearFactory) -> None:
+    def __init__(self, name: str, hidden_size: int, layers: Layers) -> None:
         super().__init__()
-        self.up = linear(hidden_size, MLP_RATIO * hidden_size)
-        self.down = linear(MLP_RATIO * hidden_size, hidden_size, unsigned=True)
+        self.up = layers.linear(f"{name}.up", hidden_size, MLP_RATIO * hidden_size)
+        self.down = layers.linear(f"{name}.down", MLP_RATIO * hidden_size, hidden_size)
 
-    def forward(self, x: QuantizedActivation, residual: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: QuantizedInput, residual: Tensor, gate: Tensor) -> Tensor:
         """Residual + gate * down(gelu(up(x))), with x the quantized input of `up`."""
         return self.down.product_gate_residual(self.up.product_gelu_quantize(x, self.down), residual, gate)
 
@@ -42,14 +47,14 @@ class FeedForward(nn.Module):
 class SingleAttention(nn.Module):
     """Attention over the joined tokens."""
 
-    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory) -> None:
+    def __init__(self, name: str, hidden_size: int, head_dim: int, layers: Layers) -> None:
         super().__init__()
-        self.to_qkv = linear(hidden_size, 3 * hidden_size)
+        self.to_qkv = layers.linear(f"{name}.to_qkv", hidden_size, 3 * hidden_size)
         self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
-        self.to_out = linear(hidden_size, hidden_size)
+        self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
 
-    def forward(self, x: QuantizedActivation, rotary: Rotary, mask: Tensor | None) -> Tensor:
+    def forward(self, x: QuantizedInput, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """(B, L, H * D): the input of `to_out`."""
         q, k, v = self.to_qkv.product_norm_rope(x, self.norm_q.weight, self.norm_k.weight, rotary)
         return attend(self.to_qkv, q, k, v, mask)
@@ -58,21 +63,21 @@ class SingleAttention(nn.Module):
 class JointAttention(nn.Module):
     """Attention of text and image tokens to each other, each stream with its own projections."""
 
-    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory) -> None:
+    def __init__(self, name: str, hidden_size: int, head_dim: int, layers: Layers) -> None:
         super().__init__()
-        self.to_qkv = linear(hidden_size, 3 * hidden_size)
-        self.add_qkv_proj = linear(hidden_size, 3 * hidden_size)
+        self.to_qkv = layers.linear(f"{name}.to_qkv", hidden_size, 3 * hidden_size)
+        self.add_qkv_proj = layers.linear(f"{name}.add_qkv_proj", hidden_size, 3 * hidden_size)
         self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_added_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_added_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
-        self.to_out = linear(hidden_size, hidden_size)
-        self.to_add_out = linear(hidden_size, hidden_size)
+        self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
+        self.to_add_out = layers.linear(f"{name}.to_add_out", hidden_size, hidden_size)
 
     def forward(
         self,
-        img: QuantizedActivation,
-        txt: QuantizedActivation,
+        img: QuantizedInput,
+        txt: QuantizedInput,
         img_rotary: Rotary,
         txt_rotary: Rotary,
         mask: Tensor | None,
@@ -96,13 +101,13 @@ def attend(layer: BoundModule, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 class DoubleBlock(nn.Module):
     """Separate streams of image and text, joined in the attention."""
 
-    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory, modulation: ModulationFactory) -> None:
+    def __init__(self, name: str, hidden_size: int, head_dim: int, layers: Layers) -> None:
         super().__init__()
-        self.norm1 = modulation(hidden_size, 6)
-        self.norm1_context = modulation(hidden_size, 6)
-        self.attn = JointAttention(hidden_size, head_dim, linear)
-        self.ff = FeedForward(hidden_size, linear)
-        self.ff_context = FeedForward(hidden_size, linear)
+        self.norm1 = layers.modulation(f"{name}.norm1.linear", hidden_size, 6)
+        self.norm1_context = layers.modulation(f"{name}.norm1_context.linear", hidden_size, 6)
+        self.attn = JointAttention(f"{name}.attn", hidden_size, head_dim, layers)
+        self.ff = FeedForward(f"{name}.ff", hidden_size, layers)
+        self.ff_context = FeedForward(f"{name}.ff_context", hidden_size, layers)
 
     @offloadable
     def forward(
@@ -135,11 +140,11 @@ class DoubleBlock(nn.Module):
 class SingleBlock(nn.Module):
     """One stream of text and image tokens; attention and MLP read the same normalized input."""
 
-    def __init__(self, hidden_size: int, head_dim: int, linear: LinearFactory, modulation: ModulationFactory) -> None:
+    def __init__(self, name: str, hidden_size: int, head_dim: int, layers: Layers) -> None:
         super().__init__()
-        self.norm = modulation(hidden_size, 3)
-        self.attn = SingleAttention(hidden_size, head_dim, linear)
-        self.ff = FeedForward(hidden_size, linear)
+        self.norm = layers.modulation(f"{name}.norm.linear", hidden_size, 3)
+        self.attn = SingleAttention(f"{name}.attn", hidden_size, head_dim, layers)
+        self.ff = FeedForward(f"{name}.ff", hidden_size, layers)
         self._inputs = SharedInput(self.attn.to_qkv, self.ff.up)
 
     @offloadable

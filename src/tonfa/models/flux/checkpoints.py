@@ -1,4 +1,4 @@
-"""Opening a 4-bit FLUX checkpoint of any container: native folder, Nunchaku's legacy folder, Nunchaku's single file."""
+"""Opening a 4-bit FLUX checkpoint of any container: native folder, Nunchaku's folder or file, Diffusers' own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from tonfa.checkpoint import files, native
+from tonfa.checkpoint.deviations import LAYERS, with_deviations
 from tonfa.checkpoint.reading import exists, local_path, parse_object, present, read_json
 from tonfa.checkpoint.strict import Spec
 from tonfa.checkpoint.tensors import TensorFiles, TensorFolder
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
+from tonfa.models.flux.lite import METHOD, LiteTensors, find_deviations, is_lite, parse_config
 from tonfa.models.flux.nunchaku import NunchakuTensors, branch_rank
-from tonfa.models.flux.plan import FluxDims
+from tonfa.models.flux.plan import flux_dims, flux_plan
 
 LEGACY_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 _SINGLE_FILE = (".safetensors", ".sft")
@@ -43,7 +45,11 @@ def open_checkpoint(source: str | Path, **hub: Any) -> Opened:
     folder = files.resolve(source, **hub)
     if any(present(folder / name) for name in LEGACY_FILES):
         return _legacy_folder(folder)
-    return Opened(str(folder), native.read_config(folder), lambda _: TensorFolder(folder))
+    config = read_json(folder / native.CONFIG)
+    if is_lite(config):
+        return _lite_folder(folder, config)
+    native.check_config(config, str(folder / native.CONFIG))
+    return Opened(str(folder), config, lambda _: TensorFolder(folder))
 
 
 def _single_file(path: Path) -> Opened:
@@ -60,6 +66,20 @@ def _single_file(path: Path) -> Opened:
 
 def _legacy_folder(folder: Path) -> Opened:
     return _nunchaku(TensorFiles(folder / n for n in LEGACY_FILES), read_json(folder / "config.json"), str(folder))
+
+
+def _lite_folder(folder: Path, config: Mapping[str, Any]) -> Opened:
+    where = str(folder / native.CONFIG)
+    plan = flux_plan(flux_dims(config, where))
+    lite = parse_config(config, plan, where)
+    source = TensorFolder(folder)
+    layers = find_deviations(source, plan, lite, str(folder))
+    made = {**native.quantization_config(lite.rank, {"name": METHOD}), LAYERS: layers}
+
+    def tensors(expected: Spec) -> native.Source:
+        return LiteTensors(source, with_deviations(plan, layers, str(folder)), lite, expected, str(folder))
+
+    return Opened(str(folder), {**config, "quantization_config": made}, tensors)
 
 
 def _check_quantization(quantization: Mapping[str, Any], rank: int, where: str) -> None:
@@ -80,13 +100,6 @@ def _nunchaku(source: TensorFiles, config: Mapping[str, Any], where: str) -> Ope
     made = native.quantization_config(branch_rank(source.spec(), where), {"name": "nunchaku"})
 
     def tensors(expected: Spec) -> native.Source:
-        heads, size = config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
-        dims = FluxDims(
-            heads * size,
-            config.get("num_layers", 19),
-            config.get("num_single_layers", 38),
-            config.get("guidance_embeds", False),
-        )
-        return NunchakuTensors(source, dims, expected, where)
+        return NunchakuTensors(source, flux_dims(config), expected, where)
 
     return Opened(where, {**config, "quantization_config": made}, tensors)

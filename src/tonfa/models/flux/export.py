@@ -1,7 +1,8 @@
-"""Writing a 4-bit FLUX checkpoint in another container: Nunchaku's file or folder, native folder, dense Diffusers.
+"""Writing a 4-bit FLUX checkpoint in another container: native, Nunchaku's file or folder, Diffusers' 4-bit or dense.
 
-Tensors are read, converted and written one at a time. Nunchaku's and the native forms hold the same numbers; the dense
-weights are what the 4-bit ones stand for, rounded to the checkpoint's own floating dtype.
+Tensors are read, converted and written one at a time. Nunchaku's and the native forms hold the same numbers; what
+changes in Diffusers' 4-bit form is told in `lite_export.py`; the dense weights are what the 4-bit ones stand for,
+rounded to the checkpoint's own floating dtype.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tonfa.checkpoint import native, nunchaku_layout
+from tonfa.checkpoint import native
 from tonfa.checkpoint.atomic import explained, new_folder, write_json
 from tonfa.checkpoint.shards import DEFAULT_SHARD_SIZE, group_by_size, shard_names, write_index, write_tensors
-from tonfa.checkpoint.strict import Spec, check, check_one_float, dtype_name
+from tonfa.checkpoint.strict import Spec, check, check_one_float
 from tonfa.checkpoint.values import check_values
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.checkpoints import LEGACY_FILES, open_checkpoint
+from tonfa.models.flux.layers import configured_plan
+from tonfa.models.flux.lite_export import LiteForm
 from tonfa.models.flux.nunchaku import packed_tensors
-from tonfa.models.flux.plan import FluxDims, flux_plan
+from tonfa.models.flux.published import PublishedTensors
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.plan import LinearPlan, ModelPlan
 from tonfa.quantize.planned import dense_spec, planned_spec
-from tonfa.weights import SVDQWeights, W4A16Weights
+from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
-Form = Literal["native", "nunchaku", "nunchaku-folder", "dense"]
+Form = Literal["native", "nunchaku", "nunchaku-folder", "nunchaku-lite", "dense"]
 
 DENSE_CLASS = "FluxTransformer2DModel"
 NUNCHAKU_CLASS = "NunchakuFluxTransformer2dModel"
@@ -58,12 +61,17 @@ class QuantizedFlux:
         """Width of the low-rank branches."""
         return int(self.config["quantization_config"]["rank"])
 
-    def linear(self, linear: LinearPlan) -> SVDQWeights | W4A16Weights:
+    def linear(self, linear: LinearPlan) -> SVDQWeights | W4A16Weights | StackedWeights:
         """A planned linear's weights, read now."""
-        prefix = f"{linear.name}."
         names = planned_spec(linear, self.rank, self.dtype)
-        fields = {name.removeprefix(prefix): self.source[name] for name in names}
-        return W4A16Weights(**fields) if linear.kind == "w4a16" else SVDQWeights(**fields, unsigned=linear.unsigned)
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            module, _, field = name.rpartition(".")
+            modules.setdefault(module, {})[field] = self.source[name]
+        if linear.kind == "w4a16":
+            return W4A16Weights(**modules[linear.name])
+        parts = tuple(SVDQWeights(**fields, unsigned=linear.unsigned) for fields in modules.values())
+        return parts[0] if linear.parts == 1 else StackedWeights(parts)
 
 
 def read_quantized(source: str | Path, **hub: Any) -> QuantizedFlux:
@@ -79,9 +87,8 @@ def read_quantized(source: str | Path, **hub: Any) -> QuantizedFlux:
     check(spec, expected, opened.where)
     check_one_float(spec, opened.where)
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    dims = FluxDims(model.inner_dim, config["num_layers"], config["num_single_layers"], config["guidance_embeds"])
     dtype = spec["proj_out.weight"][1]
-    return QuantizedFlux(opened.where, config, flux_plan(dims), dtype, spec, tensors)
+    return QuantizedFlux(opened.where, config, configured_plan(config), dtype, spec, tensors)
 
 
 def export(model: QuantizedFlux, out: Path, form: Form, *, overwrite: bool = False) -> None:
@@ -101,6 +108,10 @@ def export(model: QuantizedFlux, out: Path, form: Form, *, overwrite: bool = Fal
             _write_shards(folder, _native(model), config)
         elif form == "dense":
             _write_shards(folder, _dense(model), _diffusers_config(model))
+        elif form == "nunchaku-lite":
+            lite = LiteForm(model)
+            config = {**_diffusers_config(model), "quantization_config": lite.quantization_config}
+            _write_shards(folder, _Tensors(lite.spec, lite.__getitem__), config)
         else:
             _write_legacy(model, folder)
 
@@ -167,12 +178,12 @@ def _write_file(model: QuantizedFlux, out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out}: is a folder; name a file to write to")
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another name or ask to overwrite it")
-    tensors = _nunchaku(model)
+    tensors, rank = _nunchaku(model)
     metadata = {
         "config": json.dumps(_diffusers_config(model)),
         "comfy_config": json.dumps(comfy_config(model)),
         "model_class": NUNCHAKU_CLASS,
-        "quantization_config": json.dumps(_nunchaku_quantization(model.rank)),
+        "quantization_config": json.dumps(_nunchaku_quantization(rank)),
     }
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +191,7 @@ def _write_file(model: QuantizedFlux, out: Path, overwrite: bool) -> None:
 
 
 def _write_legacy(model: QuantizedFlux, folder: Path) -> None:
-    tensors = _nunchaku(model)
+    tensors, _ = _nunchaku(model)
     inner = [name for name in tensors if name.startswith(_BLOCKS)]
     outer = [name for name in tensors if not name.startswith(_BLOCKS)]
     for file, names in zip(LEGACY_FILES, (inner, outer), strict=True):
@@ -190,13 +201,13 @@ def _write_legacy(model: QuantizedFlux, folder: Path) -> None:
     write_json(folder / "comfy_config.json", comfy_config(model))
 
 
-def _nunchaku(model: QuantizedFlux) -> _Tensors:
-    """The packed tensors under v1 names; `smooth_orig`, which no engine uses but one wants, is `smooth` again."""
-    if model.dtype.itemsize != 2:
-        raise CheckpointError(f"{model.where}: its floats are {dtype_name(model.dtype)}, but Nunchaku's have 16 bits")
-    if model.rank % nunchaku_layout.RANK_TILE:
-        raise CheckpointError(f"{model.where}: rank {model.rank} is no multiple of 16, which Nunchaku's kernels need")
-    packed = packed_tensors(model.plan, model.rank, model.dtype, "v1", model.spec)
+def _nunchaku(model: QuantizedFlux) -> tuple[_Tensors, int]:
+    """The packed tensors under v1 names, and their rank.
+
+    `smooth_orig`, which no engine uses but one wants, is `smooth` again.
+    """
+    published = PublishedTensors(model)
+    packed = packed_tensors(published.plan, published.rank, model.dtype, "v1", model.spec)
     places = {tensor.name: (name, tensor) for name, tensor in packed.items()}
     for name, tensor in packed.items():
         if name.endswith(".smooth_factor"):
@@ -204,9 +215,9 @@ def _nunchaku(model: QuantizedFlux) -> _Tensors:
 
     def make(name: str) -> Tensor:
         native_name, tensor = places[name]
-        return tensor.pack(model.source[native_name])
+        return tensor.pack(published[native_name])
 
-    return _Tensors({name: (tensor.shape, tensor.dtype) for name, (_, tensor) in places.items()}, make)
+    return _Tensors({name: (tensor.shape, tensor.dtype) for name, (_, tensor) in places.items()}, make), published.rank
 
 
 def _nunchaku_quantization(rank: int) -> dict[str, Any]:

@@ -58,18 +58,27 @@ _UNUSED = {"v1": "smooth_orig", "v2": "smooth_factor_orig"}
 
 
 _Map = Callable[[Tensor], Tensor]
-_Field = tuple[tuple[int, ...], torch.dtype, _Map, _Map]
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """A tensor as the file holds it, and the ways to and from the native one."""
+class Field:
+    """A tensor as files hold it, and the ways to and from the native one."""
 
-    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     unpack: _Map
     pack: _Map
+
+    def named(self, name: str) -> PackedTensor:
+        """The tensor under its name in the file."""
+        return PackedTensor(self.shape, self.dtype, self.unpack, self.pack, name)
+
+
+@dataclass(frozen=True)
+class PackedTensor(Field):
+    """A field of one layer."""
+
+    name: str
 
 
 def detect_dialect(names: Iterable[str]) -> Dialect:
@@ -97,49 +106,45 @@ def _module_name(native: str, dialect: Dialect) -> str:
     return native
 
 
-def _svdq(linear: LinearPlan, rank: int, dtype: torch.dtype, dialect: Dialect) -> dict[str, PackedTensor]:
-    n, k = linear.out_features, linear.in_features
+def svdq_fields(n: int, k: int, rank: int, dtype: torch.dtype) -> dict[str, Field]:
+    """The packed tensors of a 4-bit linear (N, K) by the names of their native fields."""
     rows, channels, groups = layout.padded(n), layout.padded(k), layout.padded(k // GROUP_SIZE, 2)
     vector = layout.pack_vector
-    fields: dict[str, _Field] = {
-        "qweight": (
+    return {
+        "qweight": Field(
             (rows, channels // 2),
             torch.int8,
             lambda t: INT4.pack(layout.unpack_codes(t, n, k)),
             lambda t: layout.pack_codes(INT4.unpack(t)),
         ),
-        "wscales": (
+        "wscales": Field(
             (groups, rows),
             dtype,
             partial(layout.unpack_scales, groups=k // GROUP_SIZE, n=n),
             layout.pack_scales,
         ),
-        "bias": ((rows,), dtype, partial(layout.unpack_vector, size=n), vector),
-        "smooth_factor": ((channels,), dtype, partial(layout.unpack_vector, size=k), vector),
-        "proj_down": (
+        "bias": Field((rows,), dtype, partial(layout.unpack_vector, size=n), vector),
+        "smooth_factor": Field((channels,), dtype, partial(layout.unpack_vector, size=k), vector),
+        "proj_down": Field(
             (channels, rank),
             dtype,
             partial(layout.unpack_lowrank, channels=k, down=True),
             partial(layout.pack_lowrank, down=True),
         ),
-        "proj_up": (
+        "proj_up": Field(
             (rows, rank),
             dtype,
             partial(layout.unpack_lowrank, channels=n, down=False),
             partial(layout.pack_lowrank, down=False),
         ),
     }
-    module = _module_name(linear.name, dialect)
-    return {
-        f"{linear.name}.{field}": PackedTensor(f"{module}.{_FIELDS[dialect].get(field, field)}", *rest)
-        for field, rest in fields.items()
-    }
 
 
-def _w4a16(linear: LinearPlan, groups: int, dtype: torch.dtype) -> dict[str, PackedTensor]:
-    """`groups` counts the rows of scales in the file: at least K / 64, where small layers are padded."""
-    n, k = linear.out_features, linear.in_features
-    chunks = n // k
+def w4a16_fields(n: int, k: int, dtype: torch.dtype, *, chunks: int = 1, groups: int | None = None) -> dict[str, Field]:
+    """The packed tensors of a modulation (N, K), the rows of its `chunks` interleaved.
+
+    `groups` counts the rows of scales in the file: at least K / 64, where small layers are padded.
+    """
 
     def unpack_codes(t: Tensor) -> Tensor:
         return UINT4.pack(layout.separate_rows(layout.unpack_w4a16_codes(t, n, k), chunks, 0))
@@ -153,22 +158,44 @@ def _w4a16(linear: LinearPlan, groups: int, dtype: torch.dtype) -> dict[str, Pac
     def pack_scales(t: Tensor) -> Tensor:
         return layout.interleave_rows(t, chunks, 1)
 
-    fields: dict[str, _Field] = {
-        "qweight": ((n // 4, k // 2), torch.int32, unpack_codes, pack_codes),
-        "wscales": ((groups, n), dtype, unpack_scales, pack_scales),
-        "wzeros": ((groups, n), dtype, unpack_scales, pack_scales),
-        "bias": (
+    rows = k // GROUP_SIZE if groups is None else groups
+    return {
+        "qweight": Field((n // 4, k // 2), torch.int32, unpack_codes, pack_codes),
+        "wscales": Field((rows, n), dtype, unpack_scales, pack_scales),
+        "wzeros": Field((rows, n), dtype, unpack_scales, pack_scales),
+        "bias": Field(
             (n,),
             dtype,
             partial(layout.separate_rows, chunks=chunks, dim=0),
             partial(layout.interleave_rows, chunks=chunks, dim=0),
         ),
     }
-    return {f"{linear.name}.{field}": PackedTensor(f"{linear.name}.{field}", *rest) for field, rest in fields.items()}
+
+
+def _svdq(linear: LinearPlan, rank: int, dtype: torch.dtype, dialect: Dialect) -> dict[str, PackedTensor]:
+    module = _module_name(linear.name, dialect)
+    return {
+        f"{linear.name}.{name}": field.named(f"{module}.{_FIELDS[dialect].get(name, name)}")
+        for name, field in svdq_fields(linear.out_features, linear.in_features, rank, dtype).items()
+    }
+
+
+def _w4a16(linear: LinearPlan, groups: int, dtype: torch.dtype) -> dict[str, PackedTensor]:
+    n, k = linear.out_features, linear.in_features
+    names = (
+        (f"{linear.name}.{name}", field)
+        for name, field in w4a16_fields(n, k, dtype, chunks=n // k, groups=groups).items()
+    )
+    return {name: field.named(name) for name, field in names}
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def unpacked(shape: tuple[int, ...], dtype: torch.dtype) -> Field:
+    """A tensor that files hold as it is."""
+    return Field(shape, dtype, _unchanged, _unchanged)
 
 
 def packed_tensors(
@@ -195,9 +222,7 @@ def packed_tensors(
         for name, _ in block.copies:
             module, _, field = name.rpartition(".")
             shape = copies[name][0]
-            tensors[name] = PackedTensor(
-                f"{_module_name(module, dialect)}.{field}", shape, dtype, _unchanged, _unchanged
-            )
+            tensors[name] = unpacked(shape, dtype).named(f"{_module_name(module, dialect)}.{field}")
     return tensors
 
 

@@ -7,8 +7,11 @@ and the output layer in 16 bits: the layers and precisions of the published FLUX
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from tonfa.errors import CheckpointError
 from tonfa.plan import BlockPlan, LinearPlan, ModelPlan
 
 MLP_RATIO = 4
@@ -25,6 +28,42 @@ class FluxDims:
     num_layers: int
     num_single_layers: int
     guidance_embeds: bool
+
+
+_LARGEST = {
+    "patch_size": 64,
+    "in_channels": 2**16,
+    "out_channels": 2**16,
+    "num_layers": 256,
+    "num_single_layers": 256,
+    "attention_head_dim": 2**12,
+    "num_attention_heads": 2**12,
+    "joint_attention_dim": 2**17,
+    "pooled_projection_dim": 2**17,
+}
+_MAY_BE_0 = ("num_layers", "num_single_layers")
+
+
+def check_counts(config: Mapping[str, Any], where: str = "config.json") -> None:
+    """Raise CheckpointError for absurd sizes, before modules or plans are made of them."""
+    for name, largest in _LARGEST.items():
+        value = config.get(name, 1)
+        least = 0 if name in _MAY_BE_0 else 1
+        optional = name == "out_channels" and value is None
+        if not optional and (type(value) is not int or not least <= value <= largest):
+            expected = f"an integer of {least} to {largest}"
+            raise CheckpointError(f"{where}: {name} is {value!r}, expected {expected}")
+
+
+def flux_dims(config: Mapping[str, Any], where: str = "config.json") -> FluxDims:
+    """What the plan depends on; keys that are missing have Diffusers' defaults. Raises CheckpointError for nonsense."""
+    check_counts(config, where)
+    return FluxDims(
+        config.get("num_attention_heads", 24) * config.get("attention_head_dim", 128),
+        config.get("num_layers", 19),
+        config.get("num_single_layers", 38),
+        bool(config.get("guidance_embeds", False)),
+    )
 
 
 def _outer(dims: FluxDims) -> BlockPlan:

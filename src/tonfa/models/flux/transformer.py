@@ -27,15 +27,13 @@ from torch import Tensor, nn
 from tonfa.checkpoint import native
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
-from tonfa.layers.dense import DenseLinear
-from tonfa.layers.fused import FusedLinear
 from tonfa.layers.linear import SVDQLinear
-from tonfa.layers.modulation import Modulation, W4A16Linear
 from tonfa.models.flux.blocks import DoubleBlock, SingleBlock
 from tonfa.models.flux.checkpoints import open_checkpoint
-from tonfa.models.flux.plan import FluxDims, flux_plan
+from tonfa.models.flux.layers import layers_of
+from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
 from tonfa.quantize.planned import materialize
-from tonfa.quantize.recipe import DEFAULT_RANK, Recipe
+from tonfa.quantize.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
 
 _RESERVED_LOADING_OPTIONS = {
@@ -50,35 +48,6 @@ _RESERVED_LOADING_OPTIONS = {
     "disable_mmap": (None, False),
 }
 """What Diffusers' pipelines pass to a component, with the values that ask for nothing this class lacks."""
-
-
-_LARGEST = {
-    "patch_size": 64,
-    "in_channels": 2**16,
-    "out_channels": 2**16,
-    "num_layers": 256,
-    "num_single_layers": 256,
-    "attention_head_dim": 2**12,
-    "num_attention_heads": 2**12,
-    "joint_attention_dim": 2**17,
-    "pooled_projection_dim": 2**17,
-}
-_MAY_BE_0 = ("num_layers", "num_single_layers")
-
-
-def _linear_factory(rank: int | None) -> Any:
-    def svdq(in_features: int, out_features: int, unsigned: bool = False) -> FusedLinear:
-        return SVDQLinear(in_features, out_features, DEFAULT_RANK if rank is None else rank, unsigned=unsigned)
-
-    def dense(in_features: int, out_features: int, unsigned: bool = False) -> FusedLinear:
-        return DenseLinear(in_features, out_features)
-
-    return dense if rank is None else svdq
-
-
-def _modulation_factory(dense: bool) -> Any:
-    linear = DenseLinear if dense else W4A16Linear
-    return lambda hidden_size, chunks: Modulation(hidden_size, chunks, linear(hidden_size, chunks * hidden_size))
 
 
 class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
@@ -130,10 +99,14 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.context_embedder = nn.Linear(joint_attention_dim, self.inner_dim)
         self.x_embedder = nn.Linear(in_channels, self.inner_dim)
 
-        rank = None if quantization_config is None else int(quantization_config["rank"])
-        block = (self.inner_dim, attention_head_dim, _linear_factory(rank), _modulation_factory(rank is None))
-        self.transformer_blocks = nn.ModuleList(DoubleBlock(*block) for _ in range(num_layers))
-        self.single_transformer_blocks = nn.ModuleList(SingleBlock(*block) for _ in range(num_single_layers))
+        layers = layers_of(self.config)
+        block = (self.inner_dim, attention_head_dim, layers)
+        self.transformer_blocks = nn.ModuleList(
+            DoubleBlock(f"transformer_blocks.{i}", *block) for i in range(num_layers)
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(f"single_transformer_blocks.{i}", *block) for i in range(num_single_layers)
+        )
 
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
@@ -156,7 +129,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         local_files_only: bool = False,
         **options: Any,
     ) -> SVDQFluxTransformer2DModel:
-        """Load a 4-bit checkpoint: a native folder, a Nunchaku folder or single file, local or on the Hub.
+        """Load a 4-bit checkpoint, local or on the Hub: native, Nunchaku's folder or file, Diffusers' `nunchaku_lite`.
 
         A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository.
         `dtype` (or `torch_dtype`) casts scales and 16-bit weights; None keeps the checkpoint's. `activations` is the
@@ -198,8 +171,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         config = dict(transformer.config)
         config["quantization_config"] = None if recipe is None else native.quantization_config(recipe.rank, recipe)
         model = cls._on_meta(config)
-        dims = FluxDims(model.inner_dim, config["num_layers"], config["num_single_layers"], config["guidance_embeds"])
-        tensors = materialize(flux_plan(dims), transformer.state_dict(), recipe)
+        tensors = materialize(flux_plan(flux_dims(config)), transformer.state_dict(), recipe)
         return model._filled(tensors).set_activations(activations)
 
     def save_pretrained(
@@ -235,7 +207,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     def _on_meta(cls, config: Mapping[str, Any], where: str = "config.json") -> SVDQFluxTransformer2DModel:
         """A model of this configuration without memory for its tensors. `where` names it in errors."""
         arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-        _check_counts(arguments, where)
+        check_counts(arguments, where)
         try:
             with torch.device("meta"):
                 return cls(**arguments)
@@ -360,17 +332,6 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
 
         velocity: Tensor = self.proj_out(self.norm_out(x[:, text_length:], vec))
         return velocity
-
-
-def _check_counts(config: Mapping[str, Any], where: str) -> None:
-    """Refuse absurd sizes before modules are made of them."""
-    for name, largest in _LARGEST.items():
-        value = config.get(name, 1)
-        least = 0 if name in _MAY_BE_0 else 1
-        optional = name == "out_channels" and value is None
-        if not optional and (type(value) is not int or not least <= value <= largest):
-            expected = f"an integer of {least} to {largest}"
-            raise CheckpointError(f"{where}: {name} is {value!r}, expected {expected}")
 
 
 def _check_axes(axes: object, head_dim: int) -> None:
