@@ -49,7 +49,7 @@ def library(kernel: Kernel, folder: Path) -> Any:
     """The kernel as a function of the CPU."""
     place = folder / re.sub(r"\W+", "_", str(kernel))
     place.mkdir(exist_ok=True)
-    for name, text in _device_code().items():
+    for name, text in _device_code("tonfa.kernels.cuda").items():
         (place / name).write_text(translate(text))
     arguments = ", ".join(f"*static_cast<{p.__name__}*>(parameters[{i}])" for i, p in enumerate(kernel.parameters))
     checks = "".join(p.layout() for p in kernel.parameters)

@@ -93,9 +93,9 @@ def main_loop(kernel: Kernel, architecture: int, folder: Path) -> Counter[str]:
 
 def test_errors_name_kernel_architecture_and_log() -> None:
     with pytest.raises(KernelError, match=r"(?s)broken does not compile for sm_86.*identifier .nonsense. is undefined"):
-        compiler.compile_cubin("broken", "__global__ void broken() { nonsense(); }", {}, [], 86)
+        compiler.compile_cubin("broken", "__global__ void broken() { nonsense(); }", {}, [], "86")
     with pytest.raises(KernelError, match="fine does not compile for sm_12"):
-        compiler.compile_cubin("fine", "__global__ void fine() {}", {}, [], 12)
+        compiler.compile_cubin("fine", "__global__ void fine() {}", {}, [], "12")
 
 
 def test_structs_of_host_and_device_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
