@@ -129,6 +129,8 @@ def learn_smoothing(
                 now = float(cost(logarithm))
             if now < least:
                 best, least = logarithm, now
+            if not now > 0:
+                break
             if not last:
                 logarithm = _descend(logarithm, cost)
         return smoothing(best.exp(), torch.ones_like(best), 1.0, 0.0, dtype)

@@ -69,6 +69,8 @@ class InputMoments:
             found = f"{x.dtype} of shape {tuple(x.shape)}"
             raise FormatError(f"{self.name}: expected float inputs of {self.channels} channels, got {found}")
         rows = x.detach().reshape(-1, self.channels)
+        if len(rows) == 0:
+            return
         for chunk in rows.split(CHUNK):
             values = chunk.float()
             self.absmax = torch.maximum(self.absmax, values.abs().amax(dim=0))
