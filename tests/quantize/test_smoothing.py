@@ -10,7 +10,6 @@ from torch import Tensor
 
 from support import relative_error
 from tonfa.formats import FP8, GELU_SHIFT, INT4, INT8
-from tonfa.quantize.hessian import factor_hessian
 from tonfa.quantize.judge import Judge, quantized_input, widened
 from tonfa.quantize.learned import learn_smoothing
 from tonfa.quantize.moments import InputMoments
@@ -98,9 +97,8 @@ def test_the_judge_knows_what_the_products_read() -> None:
 def test_learned_factors_beat_their_start(unsigned: bool, activations: str) -> None:
     """Rounded to nearest after a one-shot branch, on tokens that were not used to learn."""
     weights, moments = layer(tokens=1024, unsigned=unsigned)
-    hessian = factor_hessian(moments.covariance())
     start = smoothing(*spans(weights, moments, "rms"), 0.5, 0.5, torch.bfloat16)
-    found = learn_smoothing(weights, moments, hessian, rank=16, activations=activations, unsigned=unsigned)
+    found = learn_smoothing(weights, moments, rank=16, activations=activations, unsigned=unsigned)
     assert (found.dtype, found.shape) == (torch.bfloat16, (128,))
 
     def error(smooth: Tensor) -> float:
@@ -118,8 +116,7 @@ def test_learned_factors_beat_their_start(unsigned: bool, activations: str) -> N
 
 def test_learning_is_deterministic_and_works_in_inference_mode() -> None:
     weights, moments = layer()
-    hessian = factor_hessian(moments.covariance())
-    found = learn_smoothing(weights, moments, hessian, rank=16)
+    found = learn_smoothing(weights, moments, rank=16)
     with torch.inference_mode():
         inside = [w.clone() for w in weights]
-        assert torch.equal(learn_smoothing(inside, moments.to("cpu"), hessian, rank=16), found)
+        assert torch.equal(learn_smoothing(inside, moments.to("cpu"), rank=16), found)

@@ -1,9 +1,10 @@
 """The 4-bit part and the branch in turn, each the best for the other under the input's covariance.
 
 Rounds of GPTQ and whitened refit bring codes and scales near to a minimum, each with scales searched anew; sweeps of
-coordinate descent, with refits between them, go on from there. The split of least error is kept. On synthetic FLUX
-layers of 512 channels at rank 32, the error of the weights alone falls to 0.45 of the one-shot method's with GPTQ, to
-0.39 with two refits and to 0.34 with all rounds.
+coordinate descent, with refits between them, go on from there. The split of least error is kept. Held-out error of the
+weights alone, on layers of benchmarks/synthetic.py with 512 channels at rank 32: `adaln` 0.0480 by the released
+alternation and GPTQ, 0.0361 here; `gelu` 0.0539 and 0.0412; `attn` 0.0570 and 0.0429. Two more rounds or four more
+sweeps gain 1 %.
 """
 
 from __future__ import annotations

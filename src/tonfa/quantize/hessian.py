@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tonfa.errors import FormatError
+from tonfa.quantize.moments import InputMoments
 
 DAMPING = 0.01
 """Of the mean diagonal, added to the diagonal: GPTQ's."""
@@ -65,3 +66,16 @@ def factor_hessian(second: Tensor, name: str = "linear", damping: float = DAMPIN
             inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
             return Hessian(damped.float(), order, factor.float().contiguous(), inverse.float().contiguous())
     raise FormatError(f"{name}: its input's moments are no covariance; collect them anew")
+
+
+def smoothed_hessian(
+    moments: InputMoments,
+    smooth: Tensor,  # (K,) float32
+    *,
+    centered: bool = False,
+    shrunk: bool = True,
+) -> Hessian:
+    """The Hessian of x / smooth, or of its difference from the mean, for layers whose bias takes up the mean error."""
+    scales = smooth.double().reciprocal()
+    second = moments.covariance(centered=centered, shrunk=shrunk)
+    return factor_hessian(second.mul_(scales).mul_(scales.unsqueeze(1)), moments.name)

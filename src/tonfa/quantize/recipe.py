@@ -28,7 +28,7 @@ from tonfa.ops.activation import Activations, parse_activations
 from tonfa.quantize.calibrated import calibrate
 from tonfa.quantize.checks import check_linear
 from tonfa.quantize.gptq import gptq
-from tonfa.quantize.hessian import Hessian, factor_hessian
+from tonfa.quantize.hessian import smoothed_hessian
 from tonfa.quantize.judge import Judge
 from tonfa.quantize.learned import learn_smoothing
 from tonfa.quantize.moments import InputMoments
@@ -120,16 +120,7 @@ def find_smoothing(
         return search_smoothing(
             rows, moments, rounding, rank=rank, seed=seed, activations=activations, unsigned=unsigned, dtype=dtype
         )
-    raw = factor_hessian(moments.covariance(centered=unsigned), moments.name)
-    return learn_smoothing(
-        rows, moments, raw, rank=rank, seed=seed, activations=activations, unsigned=unsigned, dtype=dtype
-    )
-
-
-def _smoothed_hessian(moments: InputMoments, smooth: Tensor, name: str, *, centered: bool, shrunk: bool) -> Hessian:
-    scales = smooth.double().reciprocal()
-    covariance = moments.covariance(centered=centered, shrunk=shrunk)
-    return factor_hessian(covariance.mul_(scales).mul_(scales.unsqueeze(1)), name)
+    return learn_smoothing(rows, moments, rank=rank, seed=seed, activations=activations, unsigned=unsigned, dtype=dtype)
 
 
 def _without_data(weight: Tensor, smooth: Tensor, recipe: Recipe, dtype: torch.dtype, name: str) -> Split:
@@ -173,7 +164,7 @@ def _published(
     )
     if not recipe.gptq:
         return split
-    hessian = _smoothed_hessian(moments, smooth, name, centered=False, shrunk=False)
+    hessian = smoothed_hessian(moments, smooth, shrunk=False)
     residual = weight - split.branch.smoothed(smooth)
     scales = absmax_scales(residual, dtype)
     return replace(split, codes=gptq(residual, scales, hessian, lowest=-7).to(torch.int8), scales=scales.to(dtype))
@@ -216,7 +207,7 @@ def quantize_linear(
     elif recipe.method == "svdquant":
         split = _published(smoothed, smooth, moments, recipe, unsigned, dtype, name)
     else:
-        hessian = _smoothed_hessian(moments, smooth, name, centered=unsigned, shrunk=True)
+        hessian = smoothed_hessian(moments, smooth, centered=unsigned)
         first = _without_data(smoothed, smooth, recipe, dtype, name)
         split = calibrate(smoothed, smooth, first.branch, hessian, rank=recipe.rank, seed=recipe.seed, dtype=dtype)
         if unsigned:
