@@ -61,6 +61,7 @@ def test_sample_is_bounded_of_real_tokens_and_even() -> None:
         moments.add(batch)
     chosen = moments.sample[:, 0]
     assert chosen.unique().numel() == 400
+    assert (chosen[:100] < 1000).float().mean() == pytest.approx(0.5, abs=0.15)
     assert (chosen < 1000).float().mean() == pytest.approx(0.5, abs=0.08)
 
 

@@ -29,7 +29,8 @@ class InputMoments:
     """Sums over the tokens of a linear's raw input, before smoothing and before the shift of an unsigned layer.
 
     `sample` are tokens drawn evenly from all that were added, with random `keys` that make merging even too: the
-    tokens of largest key stay. All tensors are on one device.
+    tokens of largest key stay, in the order of their keys, so that its first tokens are a sample too. All tensors are
+    on one device.
     """
 
     name: str
@@ -94,14 +95,11 @@ class InputMoments:
         self._keep(other.sample.to(self.sample.device), other.keys.to(self.keys.device))
 
     def _keep(self, rows: Tensor, keys: Tensor) -> None:
-        if len(keys) > self.kept:
-            keys, chosen = keys.topk(self.kept)
-            rows = rows[chosen]
-        keys, rows = torch.cat([self.keys, keys]), torch.cat([self.sample, rows.to(self.sample.dtype)])
-        if len(keys) > self.kept:
-            keys, chosen = keys.topk(self.kept)
-            rows = rows[chosen]
-        self.keys, self.sample = keys, rows
+        keys, chosen = keys.topk(min(self.kept, len(keys)))
+        keys = torch.cat([self.keys, keys])
+        rows = torch.cat([self.sample, rows[chosen].to(self.sample.dtype)])
+        self.keys, chosen = keys.topk(min(self.kept, len(keys)))
+        self.sample = rows[chosen]
 
     def check(self, channels: int | None = None) -> None:
         """Raise FormatError, naming the linear, without tokens, for NaN or Inf, or if K is not `channels`."""

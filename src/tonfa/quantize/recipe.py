@@ -227,9 +227,10 @@ def _smooth_factor(
 ) -> Tensor:
     """The factors (K,) of `dtype` that are given, found from the moments, or made from the weight (N, K)."""
     if given is not None:
-        if tuple(given.shape) != (weight.shape[1],) or not bool((torch.isfinite(given) & (given > 0)).all()):
+        stored = given.to(weight.device, dtype)
+        if tuple(stored.shape) != (weight.shape[1],) or not bool((torch.isfinite(stored) & (stored > 0)).all()):
             raise FormatError(f"{name}.smooth_factor: expected {weight.shape[1]} positive numbers")
-        return given.to(weight.device, dtype)
+        return stored
     if moments is not None:
         return find_smoothing([weight], moments, recipe, unsigned=unsigned, dtype=dtype)
     columns = weight.square().mean(dim=0).sqrt()
