@@ -62,8 +62,8 @@ class Recipe:
     """What the smoothing is chosen for. The checkpoint runs with all others too."""
     column_power: float = 0.0
     """Without calibration data, smoothing factors are the columns' RMS to minus this power: good for weights whose
-    columns are smaller where the input is larger, harmful for the opposite. 0 assumes nothing. In the demo model columns
-    are larger there, and 0.5 changes the error by 1 %."""
+    columns are smaller where the input is larger, harmful for the opposite. 0 assumes nothing. In the demo model
+    columns are larger there, and 0.5 changes the error by 1 %."""
 
     def __post_init__(self) -> None:
         least = {"rank": RANK_STEP, "iterations": 0, "seed": 0}
