@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from protocol import Timing, append, interleaved, record, results_file
+from tonfa.bench.protocol import Timing, append, interleaved, record, results_file
 from tonfa.formats import GROUP_SIZE
 from tonfa.kernels.triton import product as triton_product
 from tonfa.kernels.triton import tiles

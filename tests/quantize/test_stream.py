@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,7 +107,7 @@ def test_config_is_the_dense_one_and_says_how_it_was_made(dense: Path, tmp_path:
         "precision": "int4",
         "group_size": 64,
         "rank": 16,
-        "recipe": {"rank": 16, "iterations": 1, "seed": 0},
+        "recipe": asdict(RECIPE),
     }
     original = {k: v for k, v in dense_config(dense).items() if k != "_name_or_path"}
     assert config == {**original, "_class_name": "SVDQFluxTransformer2DModel"}
@@ -358,4 +359,4 @@ def test_one_linear_of_the_source_is_in_memory_at_a_time(dense: Path, tmp_path: 
 def test_manifest_is_readable(interrupted: Path) -> None:
     manifest = json.loads((interrupted.with_name("out.partial") / "manifest.json").read_text())
     assert list(manifest["errors"]) == shards.shard_names(3)[:2]
-    assert manifest["fingerprint"]["recipe"] == {"rank": 16, "iterations": 1, "seed": 0}
+    assert manifest["fingerprint"]["recipe"] == asdict(RECIPE)

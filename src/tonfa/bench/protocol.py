@@ -174,6 +174,29 @@ def record(
     }
 
 
+def error_record(
+    case: Mapping[str, Any],
+    variant: str,
+    settings: Mapping[str, Any],
+    value: float,
+    baselines: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, Any]:
+    """One line of the results for a relative error; ratios under 1 mean a smaller error than the baseline."""
+    return {
+        "schema": SCHEMA,
+        "bench": "error",
+        "case": dict(case),
+        "variant": variant,
+        "settings": dict(settings),
+        "unit": "relative error",
+        "value": round(value, 6),
+        "baselines": {name: round(v, 6) for name, v in baselines.items()},
+        "ratios": {name: round(value / v, 4) for name, v in baselines.items()},
+        **environment(device),
+    }
+
+
 def _rounded(value: float) -> float:
     """Six digits, whatever the unit."""
     return float(f"{value:.6g}")

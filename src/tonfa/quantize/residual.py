@@ -39,17 +39,33 @@ def _search(groups: Tensor, dtype: torch.dtype) -> Tensor:
     return best
 
 
+def search_scales(residual: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) float32 -> scales (N, K/G) float32, numbers of `dtype`, possibly negative, of least squared error."""
+    scales = residual.new_empty(residual.shape[0], residual.shape[1] // GROUP_SIZE)
+    for chunk in row_chunks(residual):
+        scales[chunk] = _search(residual[chunk].unflatten(1, (-1, GROUP_SIZE)), dtype)
+    return scales
+
+
+def absmax_scales(residual: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) float32 -> scales absmax / 7 (N, K/G) float32, rounded to `dtype`: the published quantizer's."""
+    largest: Tensor = residual.unflatten(1, (-1, GROUP_SIZE)).abs().amax(dim=2)
+    return (largest / 7).to(dtype).float()
+
+
+def nearest(residual: Tensor, scales: Tensor, lowest: int = -8) -> Tensor:
+    """The nearest codes (N, K) int8 in [lowest, 7] for scales (N, K/G) float32."""
+    codes = torch.empty_like(residual, dtype=torch.int8)
+    for chunk in row_chunks(residual):
+        found = _codes(residual[chunk].unflatten(1, (-1, GROUP_SIZE)), scales[chunk])
+        codes[chunk] = found.clamp_(lowest, 7).flatten(1).to(torch.int8)
+    return codes
+
+
 def quantize_residual(residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(N, K) float32 -> codes (N, K) int8 in [-8, 7], scales (N, K/G) of `dtype`, possibly negative.
 
     Scales are rounded to `dtype` before codes are computed from them.
     """
-    n, k = residual.shape
-    codes = torch.empty(n, k, dtype=torch.int8, device=residual.device)
-    scales = torch.empty(n, k // GROUP_SIZE, dtype=dtype, device=residual.device)
-    for chunk in row_chunks(residual):
-        groups = residual[chunk].unflatten(1, (-1, GROUP_SIZE))
-        best = _search(groups, dtype)
-        codes[chunk] = _codes(groups, best).flatten(1).to(torch.int8)
-        scales[chunk] = best.to(dtype)
-    return codes, scales
+    scales = search_scales(residual, dtype)
+    return nearest(residual, scales), scales.to(dtype)

@@ -1,3 +1,0 @@
-"""The protocol of `tonfa bench`, for scripts in this folder."""
-
-from tonfa.bench.protocol import *  # noqa: F403
