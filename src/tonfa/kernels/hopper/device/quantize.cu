@@ -91,7 +91,7 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   return v;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_constant__ Quantize a) {
+extern "C" __global__ void __launch_bounds__(256, RANK_BLOCKS <= 8 ? 2 : 1) quantize(const __grid_constant__ Quantize a) {
   extern __shared__ __align__(128) uint8_t pieces[];
   auto sums = (float (*)[ROWS][RANKS + 1])pieces;  // when the rows are done with
   __shared__ float exchange[2][8][16];
@@ -244,20 +244,17 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_const
   }
 
   float d[RANK_BLOCKS][4] = {};
-  // Weights of a piece are read while the piece before is computed.
+  // The down-projection of a piece is read while the piece before is computed, if registers allow.
+  constexpr bool AHEAD = RANK_BLOCKS <= 4;
   uint4 down[RANK_BLOCKS], next_down[RANK_BLOCKS];
-  float4 inverse[2], next_inverse[2];
   auto read = [&](int i, int b) {
     const int column = column_of(i, b);
     const bool valid = i < mine && column < a.k;
 #pragma unroll
     for (int n = 0; n < RANK_BLOCKS; ++n)
       next_down[n] = valid && n * 8 < a.rank ? __ldg((const uint4*)(a.down + (size_t)(n * 8 + row) * a.k + column)) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      next_inverse[e] = valid ? __ldg((const float4*)(a.inverse + column) + e) : make_float4(0.f, 0.f, 0.f, 0.f);
   };
-  read(0, 0);
+  if (AHEAD) read(0, 0);
   for (int i = 0; i < mine; ++i) {
 #if KNOWN
     const int place = i % STAGES;
@@ -271,12 +268,16 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_const
     uint32_t bytes[2][8];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
+      const int column = column_of(i, b);
+      float factor[8] = {};
+      if (column < a.k) {
+        *(float4*)factor = __ldg((const float4*)(a.inverse + column));
+        *(float4*)(factor + 4) = __ldg((const float4*)(a.inverse + column + 4));
+      }
+      if (!AHEAD) read(i, b);
 #pragma unroll
       for (int n = 0; n < RANK_BLOCKS; ++n) down[n] = next_down[n];
-      inverse[0] = next_inverse[0], inverse[1] = next_inverse[1];
-      read(b == 3 ? i + 1 : i, (b + 1) % 4);
-      const float factor[8] = {inverse[0].x, inverse[0].y, inverse[0].z, inverse[0].w,
-                               inverse[1].x, inverse[1].y, inverse[1].z, inverse[1].w};
+      if (AHEAD) read(b == 3 ? i + 1 : i, (b + 1) % 4);
       uint4 y[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
