@@ -3,7 +3,7 @@
 Rows of 128 bytes are stored tile by tile, (tiles, rows, 128), rows padded to a multiple of 8; piece c (16 bytes) of
 row m lies at place c XOR (m mod 8), the 128-byte swizzle of wgmma's shared memory operands, so one plain copy brings
 any run of rows. Codes have their 128 channels in the order in which the product decodes weights: byte 32 s + 16 h +
-4 q + i is channel 32 q + 8 s + 4 h + i, so a thread's 16 bytes of 4-bit codes are its A fragments of four wgmma.
+4 q + i is channel 32 q + 8 s + 4 h + i, so a thread's 16 bytes of 4-bit codes become four bytes of each piece.
 """
 
 from __future__ import annotations
@@ -63,3 +63,13 @@ def pack_up(proj_up: Tensor) -> Tensor:
     # n: tile, warpgroup, warp, upper or lower half of 16 rows, row; r: step, half of 16, quad, pair
     split = whole.view(tiles, 2, 4, 2, 8, steps, 2, 4, 2)
     return split.permute(0, 5, 1, 2, 4, 7, 6, 3, 8).reshape(tiles, steps, 256, 8).contiguous()
+
+
+def pack_down(down: Tensor) -> Tensor:
+    """(R, K) 16-bit -> (K/128, 4, R/8, 32, 8): for a tile of 128 channels the B fragments of mma, 16 bytes a lane.
+
+    Lane 4 r + q holds channels 32 b + 8 q + 0..7 of rank 8 i + r.
+    """
+    rank, k = down.shape
+    split = down.reshape(rank // 8, 8, k // 128, 4, 4, 8)  # i, r, tile, b, q, channel
+    return split.permute(2, 3, 0, 1, 4, 5).reshape(k // 128, 4, rank // 8, 32, 8).contiguous()
