@@ -66,10 +66,7 @@ def pack_up(proj_up: Tensor) -> Tensor:
 
 
 def pack_down(down: Tensor) -> Tensor:
-    """(R, K) 16-bit -> (K/128, 4, R/8, 32, 8): for a tile of 128 channels the B fragments of mma, 16 bytes a lane.
-
-    Lane 4 r + q holds channels 32 b + 8 q + 0..7 of rank 8 i + r.
-    """
+    """(R, K) 16-bit -> (K/64, R, 128) bytes, swizzled."""
     rank, k = down.shape
-    split = down.reshape(rank // 8, 8, k // 128, 4, 4, 8)  # i, r, tile, b, q, channel
-    return split.permute(2, 3, 0, 1, 4, 5).reshape(k // 128, 4, rank // 8, 32, 8).contiguous()
+    tiles = down.view(rank, k // 64, 64).permute(1, 0, 2).contiguous()
+    return swizzle(tiles.view(torch.uint8))

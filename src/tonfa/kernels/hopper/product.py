@@ -44,9 +44,8 @@ _LARGEST = 448.0
 _ROUNDING = 1.07
 """What rounding to e4m3 and to 16 bits can add to a norm."""
 _CHUNK = 1024  # rows whose residual is computed at a time
-_THREADS = 384
-_FUSED_RANK = 32
-"""Up to this rank the down-projection behind a GELU fits in the product's registers."""
+_FUSED_RANK = 64
+"""Up to this rank the down-projection behind a GELU fits in the product."""
 
 
 class Product(Struct):
@@ -97,7 +96,6 @@ class Product(Struct):
                 "heads",
                 "gate_stride",
                 "run",
-                "next_rank",
             )
         ),
     ]
@@ -108,7 +106,7 @@ class Following:
     """Of the linear that reads this one's GELU."""
 
     bound: Tensor  # (2,): |gelu(y) / smooth| is at most the norm of the smoothed input * [0] + [1]
-    down: Tensor  # fragments of its down-projection: layout.pack_down
+    down: Tensor  # layout.pack_down
 
 
 @dataclass(frozen=True)
@@ -206,21 +204,23 @@ def pack_product(w: SVDQWeights) -> PackedProduct:
 
 
 @lru_cache(maxsize=128)
-def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_blocks: int | None = None) -> Kernel:
-    """The kernel with this epilogue, for tiles of so many rows; GELU_QUANTIZE: 8 ranks of the next linear a block."""
+def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None = None) -> Kernel:
+    """The kernel with this epilogue, for tiles of so many rows; GELU_QUANTIZE: the rank of the next linear."""
     from tonfa.kernels.hopper.wgmma import wrappers
 
     values = {
         "TOKENS": tokens,
-        "STAGES": tiles.stages(tokens, down_blocks),
+        "STAGES": tiles.stages(tokens, down_rank),
+        "THREADS": tiles.threads(tokens),
         "EPILOGUE": epilogue,
         "FP16": int(dtype == torch.float16),
     }
-    if down_blocks is not None:
-        values["DOWN_BLOCKS"] = down_blocks
+    if down_rank is not None:
+        values["DOWN_RANK"] = down_rank
     defines = tuple((name, str(value)) for name, value in values.items())
-    shared = tiles.shared_bytes(tokens, down_blocks)
-    return Kernel("product", defines, (Product,), _THREADS, shared, "tonfa.kernels.hopper", "a", wrappers(tokens))
+    threads, shared = values["THREADS"], tiles.shared_bytes(tokens, down_rank)
+    preamble = wrappers(tokens, down_rank or 0, dtype == torch.float16)
+    return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble)
 
 
 def _expanded(w: PackedProduct) -> Tensor:
@@ -234,7 +234,12 @@ def _expanded(w: PackedProduct) -> Tensor:
 
 
 def _run(
-    x: QuantizedActivation, w: PackedProduct, epilogue: int, tile: tuple[int, int] | None = None, **values: Any
+    x: QuantizedActivation,
+    w: PackedProduct,
+    epilogue: int,
+    tile: tuple[int, int] | None = None,
+    down_rank: int | None = None,
+    **values: Any,
 ) -> None:
     """`tile`: its tokens, and how many of the same tokens a block takes one after another."""
     if not isinstance(x, HopperActivation) or x.scales is None or x.lowrank is None:
@@ -246,7 +251,7 @@ def _run(
         return
     device, n = x.codes.device, w.columns
     count = multiprocessors(device)
-    tokens, run = tile or (tiles.choose(x.rows, n, count), 1)
+    tokens, run = tile or (tiles.choose(x.rows, n, count, epilogue in (NORM_ROPE, GELU)), 1)
     expanded = _expanded(w)
     parameters = Product(
         x=x.codes.data_ptr(),
@@ -266,8 +271,7 @@ def _run(
         **values,
     )
     units = -(-x.rows // tokens) * -(-n // (tiles.CHANNELS * run))
-    down_blocks = values["next_rank"] // 8 if epilogue == GELU_QUANTIZE else None
-    launch(kernel(x.dtype, epilogue, tokens, down_blocks), device, (min(count, units),), parameters)
+    launch(kernel(x.dtype, epilogue, tokens, down_rank), device, (min(count, units),), parameters)
 
 
 def product(
@@ -318,13 +322,14 @@ def _product_gelu_quantize(
     result, behind = empty_activation(x.rows, following, x.dtype, device), w.following(following)
     tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device))
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
-    partial = torch.empty((slots, padded, following.rank), device=device)
+    partial = torch.empty((slots, 2, padded, following.rank), device=device)
     arrived = torch.zeros(-(-x.rows // tokens) if following.rank else 0, dtype=torch.int32, device=device)
     _run(
         x,
         w,
         GELU_QUANTIZE,
         (tokens, run),
+        following.rank,
         next_inverse=following.inverse.data_ptr(),
         norms=norms.data_ptr(),
         bound=behind.bound.data_ptr(),
@@ -334,7 +339,6 @@ def _product_gelu_quantize(
         next_lora=result.lowrank.data_ptr(),
         partial=partial.data_ptr(),
         arrived=arrived.data_ptr(),
-        next_rank=following.rank,
     )
     return result
 

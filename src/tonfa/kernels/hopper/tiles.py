@@ -7,6 +7,8 @@ from functools import lru_cache
 CHANNELS = 128
 _TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 96, 64, 32)
 _SHARED = 232_448 - 1024
+_MANY_FINISHERS = 192  # tokens of the largest tile that leaves registers for seven warps
+_SLOT = 0.02  # adding up sums of another block, in the same microseconds
 _STEP, _TOKEN = 0.16, 0.0024  # microseconds of 128 channels of a tile on an H200, the tile's end spread over 24 steps
 
 
@@ -15,45 +17,49 @@ def _stage_bytes(tokens: int) -> int:
     return tokens * 128 + CHANNELS * 128 + 1024
 
 
-def _rest_bytes(tokens: int, down_blocks: int | None) -> int:
+def _rest_bytes(tokens: int, down_rank: int | None) -> int:
     """A finished tile, what a fused quantization needs of the next linear, barriers."""
-    following = 0 if down_blocks is None else down_blocks * 2048 + CHANNELS * 4
+    following = 0 if down_rank is None else down_rank * CHANNELS * 2 + CHANNELS * 4
     return tokens * 256 + following + 256
 
 
-def stages(tokens: int, down_blocks: int | None = None) -> int:
+def stages(tokens: int, down_rank: int | None = None) -> int:
     """Steps in flight."""
-    return min(8, (_SHARED - _rest_bytes(tokens, down_blocks)) // _stage_bytes(tokens))
+    return min(8, (_SHARED - _rest_bytes(tokens, down_rank)) // _stage_bytes(tokens))
 
 
-def shared_bytes(tokens: int, down_blocks: int | None = None) -> int:
+def shared_bytes(tokens: int, down_rank: int | None = None) -> int:
     """Shared memory of a block."""
-    return 1024 + stages(tokens, down_blocks) * _stage_bytes(tokens) + _rest_bytes(tokens, down_blocks)
+    return 1024 + stages(tokens, down_rank) * _stage_bytes(tokens) + _rest_bytes(tokens, down_rank)
+
+
+def threads(tokens: int) -> int:
+    """Of a block: registers decide how many warps finish tiles beside those that multiply."""
+    return 384 if tokens > _MANY_FINISHERS else 512
+
+
+def _cost(tokens: int, tiles: int, multiprocessors: int) -> float:
+    """Microseconds of 128 channels of every tile."""
+    return -(-tiles // multiprocessors) * (_STEP + _TOKEN * tokens)
 
 
 @lru_cache(maxsize=4096)
-def choose(rows: int, columns: int, multiprocessors: int) -> int:
-    """Tokens of a tile."""
-
-    def cost(tokens: int) -> float:
-        tiles = -(-rows // tokens) * -(-columns // CHANNELS)
-        return -(-tiles // multiprocessors) * (_STEP + _TOKEN * tokens)
-
-    return min(_TOKENS, key=cost)
+def choose(rows: int, columns: int, multiprocessors: int, much_to_finish: bool = False) -> int:
+    """Tokens of a tile; not the largest where three warps cannot finish one while the next is multiplied."""
+    n_tiles, largest = -(-columns // CHANNELS), _MANY_FINISHERS if much_to_finish else _TOKENS[0]
+    sizes = [tokens for tokens in _TOKENS if tokens <= largest]
+    return min(sizes, key=lambda tokens: _cost(tokens, -(-rows // tokens) * n_tiles, multiprocessors))
 
 
 @lru_cache(maxsize=4096)
 def choose_run(rows: int, columns: int, multiprocessors: int) -> tuple[int, int]:
-    """Tokens of a tile, and how many tiles of the same tokens a block takes one after another."""
+    """Tokens of a tile, and how many of the same tokens a block takes one after another: they share their sums."""
+    n_tiles = -(-columns // CHANNELS)
 
-    def runs(tokens: int) -> int:
-        m_tiles, n_tiles = -(-rows // tokens), -(-columns // CHANNELS)
-        return -(-n_tiles // max(1, multiprocessors // m_tiles))
+    def cost(choice: tuple[int, int]) -> float:
+        tokens, run = choice
+        slots = -(-n_tiles // run)
+        return run * _cost(tokens, -(-rows // tokens) * slots, multiprocessors) + _SLOT * slots
 
-    def cost(tokens: int) -> float:
-        run = runs(tokens)
-        units = -(-rows // tokens) * -(-columns // (CHANNELS * run))
-        return -(-units // multiprocessors) * run * (_STEP + _TOKEN * tokens)
-
-    tokens = min(_TOKENS, key=cost)
-    return tokens, runs(tokens)
+    sizes = [tokens for tokens in _TOKENS if tokens <= _MANY_FINISHERS and tokens % 64 == 0]
+    return min(((tokens, run) for tokens in sizes for run in range(1, n_tiles + 1)), key=cost)

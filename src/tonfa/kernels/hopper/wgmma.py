@@ -29,10 +29,15 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], {"uint64_t" if share
 
 
 @lru_cache(maxsize=32)
-def wrappers(tokens: int) -> str:
+def wrappers(tokens: int, down_rank: int = 0, fp16: bool = False) -> str:
     """m64 n<tokens> products (PTX ISA, wgmma), B in shared memory.
 
-    `wgmma_fp8` (k32) has A in shared memory, `wgmma_bf16` (k16) in registers.
+    `wgmma_fp8` (k32) has A in shared memory, `wgmma_bf16` (k16) in registers. `wgmma_down` (n<down_rank> k16) has both
+    in shared memory, in bf16 or fp16.
     """
-    fp8 = _wrapper("wgmma_fp8", tokens, 32, "e4m3.e4m3", "", shared=True)
-    return _TYPES + fp8 + _wrapper("wgmma_bf16", tokens, 16, "bf16.bf16", ", 0")
+    text = _TYPES + _wrapper("wgmma_fp8", tokens, 32, "e4m3.e4m3", "", shared=True)
+    text += _wrapper("wgmma_bf16", tokens, 16, "bf16.bf16", ", 0")
+    if down_rank:
+        types = "f16.f16" if fp16 else "bf16.bf16"
+        text += _wrapper("wgmma_down", down_rank, 16, types, ", 0, 0", shared=True)
+    return text

@@ -4,8 +4,6 @@
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 
-struct alignas(64) TensorMap { unsigned long long opaque[16]; };
-
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
@@ -23,27 +21,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, int phase) {
       "r"(phase)
       : "memory");
 }
-// All ones after the wait for this phase. What depends on it stays behind the products issued before it: without such a
-// tie the assembler gathers the decoding of several steps in front of one product.
-__device__ __forceinline__ uint32_t barrier_passed(uint32_t bar, int phase) {
-  uint32_t all;
-  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 0xffffffff, 0, p;\n}"
-               : "=r"(all)
-               : "r"(bar), "r"(phase)
-               : "memory");
-  return all;
-}
 __device__ __forceinline__ void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                "r"(bytes), "r"(bar)
                : "memory");
 }
-__device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, int column, int row, uint32_t bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(bar)
-      : "memory");
-}
+// What was written to shared memory before can be read by wgmma after.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>

@@ -9,7 +9,7 @@ struct Epilogue {
   const int warp, lane, row;  // of FINISHERS, of 16, of 2
   const bool one_image;
   __device__ __forceinline__ Epilogue(const Product& a, uint32_t staged)
-      : a(a), staged(staged), warp(threadIdx.x / 32 - 1), lane(threadIdx.x % 16), row(threadIdx.x / 16 % 2), one_image(a.length >= a.m) {}
+      : a(a), staged(staged), warp(finisher()), lane(threadIdx.x % 16), row(threadIdx.x / 16 % 2), one_image(a.length >= a.m) {}
 
   __device__ __forceinline__ float sum_of_row(float v) const {
 #pragma unroll

@@ -3,74 +3,69 @@
 // The row's scale must be known before the row is: it comes from a bound (Cauchy-Schwarz) on the row's magnitudes. e4m3
 // is floating point, so a bound that is a hundred times too high costs no precision yet: what is then below the normal
 // range is less than a ten thousandth of the largest.
+//
+// The finishers leave GELU(y) where they took y from, and the warpgroups that multiply project it down by wgmma once they
+// are done with the next tile: mma.sync would wait for the tensor cores behind their products.
 #pragma once
 
-// A warp takes 16 tokens at a time, its lanes as in quantize.cu: the 16-byte pieces are A fragments of mma and the bytes
-// of two 16-byte stores. What the channels need, fragments of the down-projection and 1 / smooth, comes by TMA.
+__device__ __forceinline__ float scale_of(const Product& a, int m) {
+  return m < a.m ? fmaf(a.norms[m], a.bound[0], a.bound[1]) * (1.f / 448.f) : 0.f;
+}
+__device__ __forceinline__ float reciprocal_of(float scale) { return scale > 0.f ? __frcp_rn(scale) : 0.f; }
+
+// A finisher takes 16 tokens at a time; a lane's 16-byte pieces make the bytes of two 16-byte stores.
 struct GeluQuantize {
   const Product& a;
   const Shared& shared;
   const int warp, lane, row, quad;
   __device__ __forceinline__ GeluQuantize(const Product& a, const Shared& shared)
-      : a(a), shared(shared), warp(threadIdx.x / 32 - 1), lane(threadIdx.x % 32), row(lane / 4), quad(lane % 4) {}
-
-  __device__ __forceinline__ float scale_of(int m) const {
-    return m < a.m ? fmaf(a.norms[m], a.bound[0], a.bound[1]) * (1.f / 448.f) : 0.f;
-  }
+      : a(a), shared(shared), warp(finisher()), lane(threadIdx.x % 32), row(lane / 4), quad(lane % 4) {}
 
   __device__ __forceinline__ void prepare(const Tiles& tile) const {
     sync_threads(4, 32 * FINISHERS);  // all are done with the tile before
     if (threadIdx.x != 32) return;
-    barrier_expect(shared.down_full(), NEXT_BYTES);
-    if (DOWN_BLOCKS) load_bulk(shared.next_down(), a.next_down + (size_t)tile.n * DOWN_BYTES, DOWN_BYTES, shared.down_full());
-    load_bulk(shared.next_down() + DOWN_BYTES, a.next_inverse + tile.n0(), CHANNELS * 4, shared.down_full());
+    barrier_expect(shared.inverse_full(), INVERSE_BYTES);
+    load_bulk(shared.next_inverse(), a.next_inverse + tile.n0(), INVERSE_BYTES, shared.inverse_full());
   }
 
   __device__ __forceinline__ void tile(const Tiles& tile, int phase) const {
     const int m0 = tile.m0();
-    const bool first = tile.n == tile.slot() * tile.run;
     float next_scale[2];
     auto read_scales = [&](int block) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) next_scale[h] = block < TOKENS / 16 ? scale_of(m0 + block * 16 + row + 8 * h) : 0.f;
+      for (int h = 0; h < 2; ++h) next_scale[h] = block < TOKENS / 16 ? scale_of(a, m0 + block * 16 + row + 8 * h) : 0.f;
     };
     read_scales(warp);
-    barrier_wait(shared.down_full(), phase);
+    barrier_wait(shared.inverse_full(), phase);
     for (int block = warp; block < TOKENS / 16 && m0 + block * 16 < a.m_pad; block += FINISHERS) {
       float reciprocal[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int m = m0 + block * 16 + row + 8 * h;
-        reciprocal[h] = next_scale[h] > 0.f ? __frcp_rn(next_scale[h]) : 0.f;
+        reciprocal[h] = reciprocal_of(next_scale[h]);
         if (tile.n == 0 && quad == 0 && m < a.m_pad) a.next_scale[m] = next_scale[h];
       }
       read_scales(block + FINISHERS);
-      float sums[DOWN_BLOCKS ? DOWN_BLOCKS : 1][4] = {};
       uint32_t bytes[2][8];
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         float factor[8];
-        const uint32_t inverse = shared.next_down() + DOWN_BYTES + (32 * b + 8 * quad) * 4;
+        const uint32_t inverse = shared.next_inverse() + (32 * b + 8 * quad) * 4;
         *(uint4*)factor = load_shared(inverse), *(uint4*)(factor + 4) = load_shared(inverse + 16);
-        uint4 y[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
+          const uint32_t place = staged_piece(shared.staged(), block * 16 + row + 8 * h, 4 * b + quad);
           float v[8];
-          unpack(load_shared(staged_piece(shared.staged(), block * 16 + row + 8 * h, 4 * b + quad)), v);
+          unpack(load_shared(place), v);
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[e] = m0 + block * 16 + row + 8 * h < a.m ? gelu(v[e]) : 0.f;
-          y[h] = packed(v);
-          unpack(y[h], v);
+          const uint4 y = packed(v);
+          if (DOWN_RANK) store_shared(place, y);
+          unpack(y, v);
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[e] *= factor[e] * reciprocal[h];
           bytes[h][b] = to_e4m3(v[0], v[1], v[2], v[3]);
           bytes[h][4 + b] = to_e4m3(v[4], v[5], v[6], v[7]);
-        }
-#pragma unroll
-        for (int i = 0; i < DOWN_BLOCKS; ++i) {
-          const uint4 down = load_shared(shared.next_down() + ((b * DOWN_BLOCKS + i) * 32 + lane) * 16);
-          mma(sums[i], y[0].x, y[1].x, y[0].y, y[1].y, down.x, down.y);
-          mma(sums[i], y[0].z, y[1].z, y[0].w, y[1].w, down.z, down.w);
         }
       }
 #pragma unroll
@@ -80,16 +75,67 @@ struct GeluQuantize {
         uint8_t* to = a.next_codes + ((size_t)tile.n * a.m_pad + m) * 128;
         *(uint4*)(to + ((2 * quad) ^ (m & 7)) * 16) = make_uint4(bytes[h][0], bytes[h][1], bytes[h][2], bytes[h][3]);
         *(uint4*)(to + ((2 * quad + 1) ^ (m & 7)) * 16) = make_uint4(bytes[h][4], bytes[h][5], bytes[h][6], bytes[h][7]);
-        float* const partial = a.partial + ((size_t)tile.slot() * a.m_pad + m) * a.next_rank + 2 * quad;
-#pragma unroll
-        for (int i = 0; i < DOWN_BLOCKS; ++i) add(partial + i * 8, sums[i][2 * h], sums[i][2 * h + 1], first);
       }
     }
-    if (DOWN_BLOCKS && tile.last_of_unit()) finish(tile);
+    fence_async();
+  }
+};
+
+#if DOWN_RANK
+// Each of the two warpgroups that multiply projects its 64 channels down and adds to sums of its own.
+struct DownProject {
+  const Product& a;
+  const Shared& shared;
+  const int half, thread;
+  int phase = 0, m0 = 0, m_tile = 0, slot = 0;
+  bool any = false, first = false, last = false;  // of its unit
+  __device__ __forceinline__ DownProject(const Product& a, const Shared& shared)
+      : a(a), shared(shared), half(threadIdx.x / 128 - 1), thread(threadIdx.x % 128) {}
+
+  __device__ __forceinline__ void load(const Tiles& tile) const {
+    if (thread != 0 || !tile.valid()) return;
+    const int bytes = DOWN_BYTES / 2;
+    barrier_expect(shared.down_full(half), bytes);
+    load_bulk(shared.next_down(half), a.next_down + ((size_t)tile.n * 2 + half) * bytes, bytes, shared.down_full(half));
+  }
+
+  __device__ __forceinline__ void remember(const Tiles& tile) {
+    any = true, m0 = tile.m0(), m_tile = tile.m_tile(), slot = tile.slot();
+    first = tile.n == slot * tile.run, last = tile.last_of_unit();
+  }
+
+  // Of the tile remembered; `next` is the one whose part of the down-projection is wanted then.
+  __device__ __forceinline__ void run(const Tiles& next) {
+    if (!any) return;
+    barrier_wait(shared.down_full(half), phase);
+    phase ^= 1;
+    const uint32_t y = shared.staged() + half * HALF_BYTES;
+    const int row = thread / 32 * 16 + thread % 32 / 4, quad = thread % 4;
+#pragma unroll 1
+    for (int block = 0; block < TOKENS / 64; ++block) {
+      float sums[DOWN_RANK / 2];
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        wgmma_down(sums, descriptor(y + block * 64 * 128 + 32 * j), descriptor(shared.next_down(half) + 32 * j), j > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int m = m0 + block * 64 + row + 8 * h;
+        if (m >= a.m_pad) continue;
+        float* const to = a.partial + ((size_t)(2 * slot + half) * a.m_pad + m) * DOWN_RANK + 2 * quad;
+#pragma unroll
+        for (int i = 0; i < DOWN_RANK / 8; ++i) add(to + i * 8, sums[4 * i + 2 * h], sums[4 * i + 2 * h + 1]);
+      }
+    }
+    if (last) finish(next);
+    sync_threads(1 + half, 128);
+    load(next);
   }
 
   // One thread adds to a place, in the order of its tiles: results do not depend on timing.
-  __device__ __forceinline__ void add(float* to, float x, float y, bool first) const {
+  __device__ __forceinline__ void add(float* to, float x, float y) const {
     if (first)
       *(float2*)to = make_float2(x, y);
     else
@@ -97,28 +143,29 @@ struct GeluQuantize {
   }
 
   // The block that comes last to these tokens adds up the sums of all in order.
-  __device__ __forceinline__ void finish(const Tiles& tile) const {
-    __shared__ uint32_t last;
+  __device__ __forceinline__ void finish(const Tiles& tiles) const {
+    __shared__ uint32_t is_last;
+    const int slots = tiles.slots(), count = min(TOKENS, a.m_pad - m0);
     __threadfence();
-    sync_threads(4, 32 * FINISHERS);
-    if (threadIdx.x == 32) last = atomicAdd(a.arrived + tile.m_tile(), 1u) == tile.slots() - 1;
-    sync_threads(4, 32 * FINISHERS);
-    if (!last) return;
+    sync_threads(3, 256);
+    if (threadIdx.x == 128) is_last = atomicAdd(a.arrived + m_tile, 1u) == slots - 1;
+    sync_threads(3, 256);
+    if (!is_last) return;
     __threadfence();
-    const int m0 = tile.m0(), slots = tile.slots(), pairs = a.next_rank / 2, count = min(TOKENS, a.m_pad - m0);
-    for (int i = threadIdx.x - 32; i < count * pairs; i += 32 * FINISHERS) {
-      const int m = m0 + i / pairs, c = i % pairs * 2;
+    for (int i = threadIdx.x - 128; i < count * DOWN_RANK / 2; i += 256) {
+      const int m = m0 + i / (DOWN_RANK / 2), c = i % (DOWN_RANK / 2) * 2;
       float2 sum = make_float2(0.f, 0.f);
-      for (int s = 0; s < slots; ++s) {
-        const float2 part = __ldcg((const float2*)(a.partial + ((size_t)s * a.m_pad + m) * a.next_rank + c));
+      for (int s = 0; s < 2 * slots; ++s) {
+        const float2 part = __ldcg((const float2*)(a.partial + ((size_t)s * a.m_pad + m) * DOWN_RANK + c));
         sum.x += part.x, sum.y += part.y;
       }
-      const float scale = scale_of(m), reciprocal = scale > 0.f ? __frcp_rn(scale) : 0.f;
+      const float reciprocal = reciprocal_of(scale_of(a, m));
       uint32_t pair;
       asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(sum.y * reciprocal), "f"(sum.x * reciprocal));
-      const int byte = c % 64 * 2;
-      uint8_t* to = (uint8_t*)a.next_lora + ((size_t)(c / 64) * a.m_pad + m) * 128;
+      const int byte = c * 2;
+      uint8_t* to = (uint8_t*)a.next_lora + (size_t)m * 128;
       *(uint32_t*)(to + (((byte / 16) ^ (m & 7)) * 16) + byte % 16) = pair;
     }
   }
 };
+#endif

@@ -1,17 +1,17 @@
 // Product of an SVDQuant linear on Hopper: FP8 activations, 4-bit weights expanded to FP8 before, low-rank branch in the
-// same accumulators. Written for NVRTC: no headers but ours. TOKENS, STAGES, EPILOGUE and FP16 are defined by the caller,
-// with GELU_QUANTIZE DOWN_BLOCKS too; the wgmma wrappers stand above this text.
+// same accumulators. Written for NVRTC: no headers but ours. TOKENS, STAGES, THREADS, EPILOGUE and FP16 are
+// defined by the caller, with GELU_QUANTIZE DOWN_RANK too; the wgmma wrappers stand above this text.
 //
 // y[m, n] = x_scale[m] * w_scale[n] * (sum_k x[m, k] w[n, k] + sum_r lora[m, r] up[n, r]) + bias[n]
 //
 // The channels are the M of wgmma; a tile is 128 channels (64 for each of two warpgroups) x TOKENS. The two multiply and
-// leave the finished tile in shared memory; of a third, one thread loads (TMA) and three warps take the finished tile from
+// leave the finished tile in shared memory; one thread loads (TMA), and the warps beside it take the finished tile from
 // there while the next one is multiplied.
 #include "asynchronous.cuh"
 #include "numbers.cuh"
 #include "product.cuh"
 #include "epilogue.cuh"
-#ifdef DOWN_BLOCKS
+#ifdef DOWN_RANK
 #include "gelu_quantize.cuh"
 #endif
 
@@ -59,6 +59,10 @@ __device__ __forceinline__ void multiply(const Product& a, const Shared& shared)
   float d[TOKENS / 2];
   uint32_t branch[8];
   int taken = 1;  // parity of the finished tile's barrier
+#if DOWN_RANK
+  DownProject down(a, shared);
+  down.load(Tiles(a));
+#endif
 
   // Steps of 16 ranks of a chunk of 64 that are this linear's, and the fragments of two of them.
   auto begin_of = [&](int chunk) { return max(0, (a.rank_start - (steps.first_chunk + chunk) * 64) / 16); };
@@ -117,11 +121,15 @@ __device__ __forceinline__ void multiply(const Product& a, const Shared& shared)
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(s.x), "=f"(s.y) : "r"(scales + 32 * j));
       return s;
     };
-    float2 next0 = read_scales(0), next1 = read_scales(1);
-    tile.next();
-    if (tile.valid() && steps.rank_chunks) read_branch(tile.n0(), 0, begin_of(0));
     barrier_wait(shared.taken(), taken);
     taken ^= 1;
+#if DOWN_RANK
+    down.run(tile);
+    down.remember(tile);
+#endif
+    tile.next();
+    if (tile.valid() && steps.rank_chunks) read_branch(tile.n0(), 0, begin_of(0));
+    float2 next0 = read_scales(0), next1 = read_scales(1);
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j += 2) {
       const float2 s0 = next0, s1 = next1;
@@ -143,10 +151,14 @@ __device__ __forceinline__ void multiply(const Product& a, const Shared& shared)
       barrier_arrive(shared.finished());
     }
   }
+#if DOWN_RANK
+  barrier_wait(shared.taken(), taken);
+  down.run(tile);
+#endif
 }
 
 __device__ __forceinline__ void finish(const Product& a, const Shared& shared) {
-#ifdef DOWN_BLOCKS
+#ifdef DOWN_RANK
   const GeluQuantize epilogue(a, shared);
 #else
   const Epilogue epilogue(a, shared.staged());
@@ -161,7 +173,7 @@ __device__ __forceinline__ void finish(const Product& a, const Shared& shared) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_constant__ Product a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Product a) {
   extern __shared__ uint8_t raw[];
   const Shared shared{(shared_address(raw) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
@@ -171,16 +183,20 @@ extern "C" __global__ void __launch_bounds__(384, 1) product(const __grid_consta
     }
     barrier_init(shared.finished(), 8);
     barrier_init(shared.taken(), FINISHERS);
-    barrier_init(shared.down_full(), 1);
+    barrier_init(shared.inverse_full(), 1);
+    barrier_init(shared.down_full(0), 1);
+    barrier_init(shared.down_full(1), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  if (threadIdx.x >= 128) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+  // 64 K registers: the sums of a tile of more than 192 tokens leave room for three finishers, else for seven.
+  constexpr bool FEW = THREADS == 384;
+  if (threadIdx.x >= 128 && threadIdx.x < 384) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(FEW ? 200 : 168));
     multiply(a, shared);
     return;
   }
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW ? 104 : 88));
   if (threadIdx.x >= 32)
     finish(a, shared);
   else if (threadIdx.x == 0)

@@ -2,18 +2,19 @@
 #pragma once
 
 constexpr int CHANNELS = 128;
-constexpr int FINISHERS = 3;  // warps
+constexpr int FINISHERS = THREADS / 32 - 9;  // warps
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int W_BYTES = CHANNELS * 128;
 constexpr int SCALE_BYTES = 1024;  // of the tokens, in the last step of a tile
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES + SCALE_BYTES;
 constexpr int HALF_BYTES = TOKENS * 128;  // 64 channels of a finished tile
 constexpr int STAGED_BYTES = 2 * HALF_BYTES;
-#ifdef DOWN_BLOCKS
-constexpr int DOWN_BYTES = DOWN_BLOCKS * 2048;  // of the next down-projection: 8 ranks a block, 128 channels
-constexpr int NEXT_BYTES = DOWN_BYTES + CHANNELS * 4;
+#ifdef DOWN_RANK
+constexpr int DOWN_BYTES = DOWN_RANK * CHANNELS * 2;  // of the next down-projection
+constexpr int INVERSE_BYTES = CHANNELS * 4;           // of 1 / smooth of the next linear
+constexpr int NEXT_BYTES = DOWN_BYTES + INVERSE_BYTES;
 #else
-constexpr int NEXT_BYTES = 0;
+constexpr int DOWN_BYTES = 0, NEXT_BYTES = 0;
 #endif
 
 enum { PLAIN = 0, GELU = 1, GATE_RESIDUAL = 2, NORM_ROPE = 3, GELU_QUANTIZE = 4 };
@@ -38,14 +39,14 @@ struct Product {
   uint32_t* absmax;          // GELU: (M) float bits, gathers |gelu(y) / smooth|
   const float* norms;        // GELU_QUANTIZE: (m_pad) bounds of |x / smooth|
   const float* bound;        // GELU_QUANTIZE: (2) |gelu(y) / smooth| is at most norm * bound[0] + bound[1]
-  const uint8_t* next_down;  // GELU_QUANTIZE: (N/128, 4, next_rank/8, 32, 8) fragments, 16-bit
+  const uint8_t* next_down;  // GELU_QUANTIZE: (N/64, next_rank, 64) 16-bit, swizzled
   uint8_t* next_codes;       // (N/128, m_pad, 128)
   float* next_scale;         // (m_pad)
-  uint16_t* next_lora;       // (next_rank/64, m_pad, 64) bf16
-  float* partial;            // (slots, m_pad, next_rank)
+  uint16_t* next_lora;       // (1, m_pad, 64) bf16
+  float* partial;            // (slots, 2, m_pad, next_rank)
   uint32_t* arrived;         // (token tiles), zero
   long long batch_stride, token_stride, head_stride;  // of q, k and v, in elements
-  int m, m_pad, n, k, rank, rank_start, length, heads, gate_stride, run, next_rank;
+  int m, m_pad, n, k, rank, rank_start, length, heads, gate_stride, run;
 };
 
 // A block's tiles. A unit is `run` tiles of channels of the same tokens, one after another; units of all tokens for the
@@ -78,13 +79,18 @@ struct Shared {
   uint32_t base;
   __device__ __forceinline__ uint32_t stage(int i) const { return base + i * STAGE_BYTES; }
   __device__ __forceinline__ uint32_t staged() const { return base + STAGES * STAGE_BYTES; }
-  __device__ __forceinline__ uint32_t next_down() const { return staged() + STAGED_BYTES; }
-  __device__ __forceinline__ uint32_t full(int i) const { return next_down() + NEXT_BYTES + 8 * i; }
+  __device__ __forceinline__ uint32_t next_down(int half) const { return staged() + STAGED_BYTES + half * (DOWN_BYTES / 2); }
+  __device__ __forceinline__ uint32_t next_inverse() const { return next_down(2); }
+  __device__ __forceinline__ uint32_t full(int i) const { return staged() + STAGED_BYTES + NEXT_BYTES + 8 * i; }
   __device__ __forceinline__ uint32_t empty(int i) const { return full(STAGES) + 8 * i; }
   __device__ __forceinline__ uint32_t finished() const { return empty(STAGES); }
   __device__ __forceinline__ uint32_t taken() const { return finished() + 8; }
-  __device__ __forceinline__ uint32_t down_full() const { return finished() + 16; }
+  __device__ __forceinline__ uint32_t inverse_full() const { return finished() + 16; }
+  __device__ __forceinline__ uint32_t down_full(int half) const { return finished() + 24 + 8 * half; }
 };
+
+// Threads 128 to 383 multiply, thread 0 loads, the warps beside them finish.
+__device__ __forceinline__ int finisher() { return threadIdx.x < 128 ? threadIdx.x / 32 - 1 : threadIdx.x / 32 - 9; }
 
 // Where 8 channels of a token of a finished tile lie: two halves of 64 channels, swizzled rows of 128 bytes.
 __device__ __forceinline__ uint32_t staged_piece(uint32_t staged, int token, int piece) {
