@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tonfa.checkpoint import native
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
+from tonfa.layers.modulation import SharedConditioning
 from tonfa.models.flux.blocks import DoubleBlock, SingleBlock
 from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
@@ -111,6 +113,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self.requires_grad_(False)
+        self._modulations = SharedConditioning()
         self._graphs = Graphs()
 
     @classmethod
@@ -315,8 +318,13 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         txt_rotary, img_rotary = (self.pos_embed(inputs[name]) for name in ("txt_ids", "img_ids"))
         rotary = tuple(torch.cat(pair) for pair in zip(txt_rotary, img_rotary, strict=True))
 
+        blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
+        modulations = [block.modulations() for block in blocks]
+        joined = iter(self._modulations([m for each in modulations for m in each], vec))
+        modulated = [tuple(islice(joined, len(each))) for each in modulations]
+
         for i, block in enumerate(self.transformer_blocks):
-            img, txt = block(img, txt, vec, img_rotary, txt_rotary, mask)
+            img, txt = block(img, txt, vec, img_rotary, txt_rotary, mask, modulated[i])
             if double_samples is not None:
                 count = len(double_samples)
                 stride = math.ceil(len(self.transformer_blocks) / count)
@@ -325,7 +333,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         text_length = txt.shape[1]
         x = torch.cat((txt, img), dim=1)
         for i, block in enumerate(self.single_transformer_blocks):
-            x = block(x, vec, rotary, mask)
+            x = block(x, vec, rotary, mask, modulated[len(self.transformer_blocks) + i])
             if single_samples is not None:
                 stride = math.ceil(len(self.single_transformer_blocks) / len(single_samples))
                 x[:, text_length:] += single_samples[i // stride]
