@@ -20,7 +20,7 @@ from tonfa.kernels.cpu import backend as cpu
 from tonfa.kernels.cuda import backend as cuda
 from tonfa.kernels.hopper import backend as hopper
 from tonfa.kernels.triton import backend as triton
-from tonfa.ops import fused
+from tonfa.ops import fused, w4a16
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
 from tonfa.ops.table import OPS, Backend
 
@@ -37,6 +37,7 @@ class Kernels:
     pack_input: Callable[..., Any]
     pack_product: Callable[..., Any]
     pack_w4a16: Callable[..., Any]
+    pack_w4a16_group: Callable[..., Any]
     quantize: Callable[..., QuantizedActivation]
     product: Callable[..., Tensor]
     product_gelu_quantize: Callable[..., QuantizedActivation]
@@ -44,6 +45,7 @@ class Kernels:
     product_gate_residual: Callable[..., Tensor]
     norm_modulate_quantize: Callable[..., QuantizedActivation]
     w4a16: Callable[..., Tensor]
+    w4a16_group: Callable[..., tuple[Tensor, ...]]
     attention: Callable[..., Tensor]
     product_norm_rope_into: Callable[..., None] | None = None
     """product_norm_rope that writes to a part of a larger (3, B, H, L, D); None if the backend has no such kernel."""
@@ -76,7 +78,11 @@ def _reason_against(backend: Backend, device: torch.device, activations: Activat
 
 
 def _complete(name: str, activations: Activations, kernels: Mapping[str, Callable[..., Any]]) -> Kernels:
-    table = dict(kernels)
+    alone: dict[str, Callable[..., Any]] = {
+        "pack_w4a16_group": tuple,
+        "w4a16_group": partial(w4a16.group, kernels["w4a16"]),
+    }
+    table = {**alone, **kernels}
     primitives = type("Primitives", (), {name: staticmethod(table[name]) for name in ("quantize", "product")})
     for op in OPS:
         if op not in table:
@@ -125,6 +131,6 @@ def report(device: torch.device, activations: str) -> list[Availability]:
         reason = _reason_against(backend, device, policy) or backend.reason_to_wait(device)
         present = set() if reason else set(backend.table(policy))
         for op in OPS:
-            note = reason or ("kernel" if op in present else "composed of quantize and product")
+            note = reason or ("kernel" if op in present else "composed of other ops")
             rows.append(Availability(op, backend.name, reason is None, note))
     return rows

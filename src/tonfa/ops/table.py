@@ -18,9 +18,10 @@ OPS: dict[str, str] = {
     "product_gate_residual": "product, gate and residual",
     "norm_modulate_quantize": "LayerNorm, modulation, quantization",
     "w4a16": "4-bit linear with 16-bit activations (modulations)",
+    "w4a16_group": "the same for several linears that read one input",
     "attention": "softmax attention over all heads",
 }
-"""Every op by name. The fused ones fall back to compositions of `quantize` and `product`."""
+"""Every op by name. Fused ones fall back to compositions of `quantize` and `product`, groups to one at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Backend:
     """One way to compute the ops.
 
     `table` loads its kernels: a mapping from op names to callables, with `pack_input`, `pack_product` and `pack_w4a16`
-    beside them, which turn canonical weights into what the kernels read. Importing the kernels happens inside, so that
-    a backend whose packages are missing can still be listed.
+    beside them, which turn canonical weights into what the kernels read; `pack_w4a16_group`, if the backend needs it,
+    prepares what `pack_w4a16` returned for `w4a16_group`. Importing the kernels happens inside, so that a backend whose
+    packages are missing can still be listed.
     """
 
     name: str

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support import outlier_input, random_weights, relative_error
+from support import outlier_input, random_modulation, random_weights, relative_error
 from tonfa import dispatch
 from tonfa.formats import FP8, INT4
 from tonfa.kernels.hopper import layout, tiles
@@ -16,7 +16,7 @@ from tonfa.kernels.hopper import product as products
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.expand import expand, wide_shape
 from tonfa.ops.activation import InputWeights, QuantizedActivation
-from tonfa.weights import SVDQWeights
+from tonfa.weights import SVDQWeights, W4A16Weights
 
 FLUX = [(4608, 9216, 3072, 32), (4608, 3072, 3072, 32), (4608, 12288, 3072, 32), (4608, 3072, 12288, 32)]
 ODD = [(1, 128, 64, 16), (17, 384, 192, 48), (255, 64, 256, 32), (300, 200, 1024, 128), (4685, 3072, 3072, 0)]
@@ -256,3 +256,23 @@ def test_other_layers_go_through_triton(rank: int, dtype: torch.dtype) -> None:
     found = ours.product(ours.quantize(x, ours.pack_input(input_of(w))), ours.pack_product(w))
     expected = theirs.product(theirs.quantize(x, input_of(w)), theirs.pack_product(w))
     assert relative_error(found, expected) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_modulations(batch: int, dtype: torch.dtype) -> None:
+    """The CUDA backend's kernel, Triton's for float32."""
+    generator = torch.Generator().manual_seed(0)
+    made = [random_modulation(n, 3072, generator=generator, dtype=dtype) for n in (18432, 9216, 384)]
+    weights = [W4A16Weights(**{name: t.cuda() for name, t in w.tensors().items()}) for w in made]
+    x = rows(batch, 3072, dtype)
+    ours = kernels()
+    packed = [ours.pack_w4a16(w) for w in weights]
+    found = ours.w4a16_group(x, ours.pack_w4a16_group(packed))
+    for y, p, w in zip(found, packed, weights, strict=True):
+        assert torch.equal(y, ours.w4a16(x, p))
+        weight, bias = w.dense(torch.float64)
+        exact = x.double() @ weight.T + bias
+        rounded = exact.to(dtype) if dtype != torch.float32 else kernels("reference").w4a16(x, w)
+        assert relative_error(y, exact) <= 2 * relative_error(rounded, exact)

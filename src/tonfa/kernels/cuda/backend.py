@@ -42,7 +42,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     from tonfa.kernels.cuda.product_gelu_quantize import product_gelu_quantize
     from tonfa.kernels.cuda.product_norm_rope import product_norm_rope
     from tonfa.kernels.cuda.quantize import pack_input, quantize
-    from tonfa.kernels.cuda.w4a16 import pack_w4a16, w4a16
+    from tonfa.kernels.cuda.w4a16 import pack_w4a16, w4a16, w4a16_group
     from tonfa.ops import attention
 
     return {
@@ -56,6 +56,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "product_gate_residual": product_gate_residual,
         "norm_modulate_quantize": norm_modulate_quantize,
         "w4a16": w4a16,
+        "w4a16_group": w4a16_group,
         "attention": attention.reference,
     }
 

@@ -31,8 +31,17 @@ class Struct(ctypes.Structure):
         conditions = [f"sizeof({cls.__name__}) == {ctypes.sizeof(cls)}"]
         for name, *_ in cls._fields_:
             conditions.append(f"sizeof({cls.__name__}::{name}) == {getattr(cls, name).size}")
-        nested = "".join(field[1].layout() for field in cls._fields_ if issubclass(field[1], Struct))
+        nested = "".join(struct.layout() for struct in cls.nested())
         return f'{nested}static_assert({" && ".join(conditions)}, "{cls.__name__} of the host differs");\n'
+
+    @classmethod
+    def nested(cls) -> list[type[Struct]]:
+        """The structs among its fields, and those that its arrays are made of."""
+        kinds = [
+            getattr(field[1], "_type_", None) if issubclass(field[1], ctypes.Array) else field[1]
+            for field in cls._fields_
+        ]
+        return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Struct)]
 
 
 @dataclass(frozen=True)

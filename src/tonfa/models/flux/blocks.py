@@ -6,6 +6,7 @@ first wherever the streams are joined, as in Diffusers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -112,6 +113,10 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(f"{name}.ff", hidden_size, layers)
         self.ff_context = FeedForward(f"{name}.ff_context", hidden_size, layers)
 
+    def modulations(self) -> tuple[Modulation, ...]:
+        """Of the image and of the text."""
+        return self.norm1, self.norm1_context
+
     @offloadable
     def forward(
         self,
@@ -121,11 +126,12 @@ class DoubleBlock(nn.Module):
         img_rotary: Rotary,  # (L_img, head_dim) each
         txt_rotary: Rotary,  # (L_txt, head_dim) each
         mask: Tensor | None = None,
+        modulated: Sequence[Tensor | None] = (None, None),  # of `modulations`, where it is computed already
     ) -> tuple[Tensor, Tensor]:
         """The image and the text stream after this block."""
-        attn = self.attn
-        img_shift, img_scale, img_gate, img_ff_shift, img_ff_scale, img_ff_gate = self.norm1(vec)
-        txt_shift, txt_scale, txt_gate, txt_ff_shift, txt_ff_scale, txt_ff_gate = self.norm1_context(vec)
+        attn, (img_mod, txt_mod) = self.attn, modulated
+        img_shift, img_scale, img_gate, img_ff_shift, img_ff_scale, img_ff_gate = self.norm1(vec, img_mod)
+        txt_shift, txt_scale, txt_gate, txt_ff_shift, txt_ff_scale, txt_ff_gate = self.norm1_context(vec, txt_mod)
 
         img_in = attn.to_qkv.norm_modulate_quantize(img, img_scale, img_shift)
         txt_in = attn.add_qkv_proj.norm_modulate_quantize(txt, txt_scale, txt_shift)
@@ -150,6 +156,10 @@ class SingleBlock(nn.Module):
         self.ff = FeedForward(f"{name}.ff", hidden_size, layers)
         self._inputs = SharedInput(self.attn.to_qkv, self.ff.up)
 
+    def modulations(self) -> tuple[Modulation, ...]:
+        """The only one."""
+        return (self.norm,)
+
     @offloadable
     def forward(
         self,
@@ -157,9 +167,10 @@ class SingleBlock(nn.Module):
         vec: Tensor,  # (B, hidden)
         rotary: Rotary,  # (L, head_dim) each
         mask: Tensor | None = None,
+        modulated: Sequence[Tensor | None] = (None,),  # of `modulations`, where it is computed already
     ) -> Tensor:
         """The stream after this block."""
-        shift, scale, gate = self.norm(vec)
+        shift, scale, gate = self.norm(vec, *modulated)
         qkv_in, ff_in = self._inputs.norm_modulate_quantize(x, scale, shift)
         attention = self.attn(qkv_in, rotary, mask)
         x = self.attn.to_out.product_gate_residual(self.attn.to_out.quantize(attention), x, gate)

@@ -1,7 +1,7 @@
 """SVDQFluxTransformer2DModel: FLUX's transformer with 4-bit weights behind the interface of Diffusers' own.
 
-Diffusers' modules compute what lies outside of the blocks (embedders, rotary positions, output layer); the blocks are
-those of `blocks.py`. Any FLUX.1 variant that differs by configuration alone runs: dev, schnell, Depth, Canny, Fill,
+Diffusers' modules compute what lies outside of the blocks (embedders, output layer); the blocks are those of
+`blocks.py`. Any FLUX.1 variant that differs by configuration alone runs: dev, schnell, Depth, Canny, Fill,
 Kontext, at any number of tokens.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
 from tonfa.checkpoint import native
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
+from tonfa.layers.modulation import SharedConditioning
 from tonfa.models.flux.blocks import DoubleBlock, SingleBlock
 from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
 from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
+from tonfa.models.flux.rotary import RotaryPositions
 from tonfa.quantize.planned import materialize
 from tonfa.quantize.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
@@ -93,7 +95,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             raise FormatError(f"guidance_embeds is {guidance_embeds!r}, expected true or false")
         _check_axes(axes_dims_rope, attention_head_dim)
 
-        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
+        self.pos_embed = RotaryPositions(axes_dims_rope)
         embed = CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
         self.time_text_embed = embed(embedding_dim=self.inner_dim, pooled_projection_dim=pooled_projection_dim)
         self.context_embedder = nn.Linear(joint_attention_dim, self.inner_dim)
@@ -111,6 +113,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self.requires_grad_(False)
+        self._modulations = SharedConditioning()
         self._graphs = Graphs()
 
     @classmethod
@@ -312,20 +315,25 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
         vec = self.time_text_embed(*conditions, inputs["pooled_projections"])
         # The same tensors for all blocks: kernels may keep what they made of them.
-        txt_rotary, img_rotary = (self.pos_embed(inputs[name]) for name in ("txt_ids", "img_ids"))
-        rotary = tuple(torch.cat(pair) for pair in zip(txt_rotary, img_rotary, strict=True))
+        text_length = txt.shape[1]
+        cos, sin = rotary = self.pos_embed(torch.cat((inputs["txt_ids"], inputs["img_ids"])))
+        txt_rotary, img_rotary = (cos[:text_length], sin[:text_length]), (cos[text_length:], sin[text_length:])
+
+        blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
+        modulations = [block.modulations() for block in blocks]
+        joined = iter(self._modulations([m for each in modulations for m in each], vec))
+        modulated = [tuple(islice(joined, len(each))) for each in modulations]
 
         for i, block in enumerate(self.transformer_blocks):
-            img, txt = block(img, txt, vec, img_rotary, txt_rotary, mask)
+            img, txt = block(img, txt, vec, img_rotary, txt_rotary, mask, modulated[i])
             if double_samples is not None:
                 count = len(double_samples)
                 stride = math.ceil(len(self.transformer_blocks) / count)
                 img = img + double_samples[i % count if repeat else i // stride]
 
-        text_length = txt.shape[1]
         x = torch.cat((txt, img), dim=1)
         for i, block in enumerate(self.single_transformer_blocks):
-            x = block(x, vec, rotary, mask)
+            x = block(x, vec, rotary, mask, modulated[len(self.transformer_blocks) + i])
             if single_samples is not None:
                 stride = math.ceil(len(self.single_transformer_blocks) / len(single_samples))
                 x[:, text_length:] += single_samples[i // stride]
