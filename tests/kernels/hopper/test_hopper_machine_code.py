@@ -9,7 +9,7 @@ import torch
 
 import machine_code
 from tonfa.kernels.cuda.kernel import Kernel
-from tonfa.kernels.hopper import expand, product, quantize
+from tonfa.kernels.hopper import product, quantize
 from tonfa.kernels.hopper.product import GATE_RESIDUAL, GELU, GELU_QUANTIZE, NORM_ROPE, PLAIN
 
 KERNELS = [
