@@ -20,7 +20,17 @@ from tonfa.version import __version__
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface-hub", "triton", "numba")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface-hub",
+    "triton",
+    "nvidia-cudnn-frontend",
+    "numba",
+)
 
 
 @command(interrupted="nothing was changed")

@@ -50,9 +50,7 @@ def exponents(
     most_q = largest_exponents(q.abs().amax((2, 3)))
     most_k = largest_exponents(2 * k.float().abs().amax((2, 3)))
     spare = most_q + most_k - (most_q + most_k).min()
-    return Exponents(
-        most_q - spare // 2, most_k - (spare - spare // 2), largest_exponents(v.abs().amax((2, 3)))
-    )
+    return Exponents(most_q - spare // 2, most_k - (spare - spare // 2), largest_exponents(v.abs().amax((2, 3))))
 
 
 def smooth(

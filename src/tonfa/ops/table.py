@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from tonfa.errors import UnsupportedError
 from tonfa.ops.activation import Activations
 
 OPS: dict[str, str] = {
@@ -37,3 +39,27 @@ class Backend:
     reason_against: Callable[[torch.device], str | None]
     """None if it can run on this device, otherwise why not and what would help."""
     table: Callable[[Activations], Mapping[str, Callable[..., Any]]]
+
+
+ATTENTIONS: dict[str, str] = {
+    "sdpa": "in 16 bits, by the backend of the layers",
+    "fp8": "in FP8 on GPUs that compute it natively",
+}
+"""The ways to compute attention that a user may choose, the default first."""
+
+
+def parse_attention(name: str) -> str:
+    """The name itself; raises UnsupportedError if there is no such attention."""
+    if name in ATTENTIONS:
+        return name
+    raise UnsupportedError(f"attention={name!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """One of `ATTENTIONS`. `load` imports and returns its kernel; None stands for that of the layers' backend."""
+
+    name: str
+    reason_against: Callable[[torch.device], str | None]
+    """None if it can run on this device, otherwise why not and what would help."""
+    load: Callable[[], Callable[..., Tensor]] | None

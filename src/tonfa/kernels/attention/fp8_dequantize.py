@@ -36,7 +36,5 @@ def dequantize(
     batch, length, heads, size = o.shape
     out = torch.empty((batch, length, heads * size), dtype=dtype, device=o.device)
     sample = length * heads * size
-    _dequantize[triton.cdiv(sample, BLOCK), batch](
-        o, descale, out, sample, H=heads, D=size, BLOCK=BLOCK, num_warps=4
-    )
+    _dequantize[triton.cdiv(sample, BLOCK), batch](o, descale, out, sample, H=heads, D=size, BLOCK=BLOCK, num_warps=4)
     return out

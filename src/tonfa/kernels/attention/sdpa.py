@@ -2,8 +2,8 @@
 799 for 24 heads of 4608 tokens), elsewhere and for what cuDNN refuses by torch's scaled_dot_product_attention.
 
 The op behind torch's cuDNN backend is called itself: no context manager, nothing to choose in a call, and it can be
-recorded in a CUDA graph and compiled. Masks go the other way: with one, cuDNN gives NaN for rows that attend to nothing,
-and its time is not what the masked steps wait for.
+recorded in a CUDA graph and compiled. Masked attention is left to torch, which knows which of its backends
+takes which mask.
 """
 
 from __future__ import annotations

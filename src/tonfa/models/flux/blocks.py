@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tonfa.layers.bound import BoundModule
+from tonfa.layers.attention import Attention
 from tonfa.layers.fused import FusedLinear, SharedInput
 from tonfa.layers.modulation import Modulation
 from tonfa.layers.offload import offloadable
@@ -48,11 +48,12 @@ class SingleAttention(nn.Module):
         self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = linear(hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(self, x: QuantizedActivation, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """(B, L, H * D): the input of `to_out`."""
         q, k, v = self.to_qkv.product_norm_rope(x, self.norm_q.weight, self.norm_k.weight, rotary)
-        return attend(self.to_qkv, q, k, v, mask)
+        return self.attention(self.to_qkv, q, k, v, mask)
 
 
 class JointAttention(nn.Module):
@@ -68,6 +69,7 @@ class JointAttention(nn.Module):
         self.norm_added_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = linear(hidden_size, hidden_size)
         self.to_add_out = linear(hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(
         self, img: QuantizedActivation, txt: QuantizedActivation, rotary: Rotary, text_length: int, mask: Tensor | None
@@ -80,13 +82,8 @@ class JointAttention(nn.Module):
         )
         img_qkv = self.to_qkv.product_norm_rope(img, self.norm_q.weight, self.norm_k.weight, img_rotary)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        joined = attend(self.to_qkv, q, k, v, mask)
+        joined = self.attention(self.to_qkv, q, k, v, mask)
         return joined[:, text_length:], joined[:, :text_length]
-
-
-def attend(layer: BoundModule, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention by the kernels of a layer: (B, H, L, D) each -> (B, L, H * D)."""
-    return layer.binding().kernels.attention(q, k, v, mask)
 
 
 class DoubleBlock(nn.Module):
