@@ -18,9 +18,15 @@ from tonfa.kernels.attention import choices, sdpa
 from tonfa.ops import attention, attention_fp8
 
 HERE = Path(__file__).parent
-SHAPES = [(1, 24, 4608, 128), (1, 2, 320, 128), (1, 3, 4608 + 77, 128), (2, 4, 1024, 128), (1, 4, 640, 64)]
-"""FLUX at 1024 x 1024, the demo model, a length that no tile divides, a batch, small heads."""
 HALVES = (torch.bfloat16, torch.float16)
+CASES = [
+    ((1, 24, 4608, 128), torch.bfloat16),
+    ((1, 2, 320, 128), torch.bfloat16),
+    ((1, 3, 4608 + 77, 128), torch.float16),
+    ((2, 4, 1024, 128), torch.bfloat16),
+    ((1, 4, 640, 64), torch.float16),
+]
+"""FLUX at 1024 x 1024, the demo model, a length that no tile divides, a batch, small heads."""
 
 
 def cuda(*tensors: Tensor) -> list[Tensor]:
@@ -70,6 +76,8 @@ def test_16_bit_attention_compiles_as_one_graph(device: str) -> None:
     q, k, v = (t.to(device) for t in attention_inputs("gaussian", 1, 2, 40, 64))
     compiled = torch.compile(sdpa.attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), sdpa.attention(q, k, v))
+    asked = torch.compile(lambda x: x + 1 if sdpa._cudnn_runs(x.device) else x - 1, fullgraph=True, backend="eager")
+    assert torch.equal(asked(q), q + 1 if sdpa._cudnn_runs(q.device) else q - 1)
 
 
 @pytest.mark.gpu
@@ -86,8 +94,7 @@ def test_16_bit_attention_asks_for_cudnn() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "outliers", "common", "zeros"])
 def test_quantizers_on_the_gpu(fp8, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     q, k, v = attention_inputs(kind, *shape, dtype)
@@ -106,8 +113,7 @@ def test_quantizers_on_the_gpu(fp8, shape: tuple[int, ...], dtype: torch.dtype, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "outliers", "common"])
 def test_fp8_attention_keeps_to_its_specification(
     fp8, shape: tuple[int, ...], dtype: torch.dtype, kind: str, caplog: pytest.LogCaptureFixture

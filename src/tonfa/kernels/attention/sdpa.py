@@ -8,8 +8,6 @@ takes which mask.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,11 +16,22 @@ LARGEST_HEAD = 128
 """Of cuDNN's forward pass on every GPU; torch takes larger heads on some GPUs with some versions alone."""
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
+_runs: dict[torch.device, bool] = {}
+
+
 def _cudnn_runs(device: torch.device) -> bool:
-    """Whether this build of torch has the cuDNN backend, switched on, on this GPU."""
-    if torch.version.cuda is None:
+    """Whether this build of torch has the cuDNN backend, switched on, on this device; asked once for each."""
+    if device not in _runs:
+        _runs[device] = _ask(device)
+    return _runs[device]
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler here and now.
+_cudnn_runs.__dict__["_dynamo_marked_constant"] = True
+
+
+def _ask(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None:
         return False
     q, k, v = (torch.empty((1, 1, 64, 64), dtype=torch.bfloat16, device=device) for _ in range(3))
     with torch.cuda.device(device):
