@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from flux_models import dense_model, inputs, run
 from torch import Tensor
 
 from support import DEVICES, attention_inputs, relative_error
 from tonfa.kernels.attention import choices, sdpa
+from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.ops import attention, attention_fp8
+from tonfa.quantize.recipe import Recipe
 
 HERE = Path(__file__).parent
 HALVES = (torch.bfloat16, torch.float16)
@@ -48,13 +51,13 @@ def fp8() -> object:
 def test_quantizers_in_tritons_interpreter() -> None:
     tests = HERE.parents[1]
     paths = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
+    result = subprocess.run(
         [sys.executable, HERE / "interpreted_quantize.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stderr
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -170,3 +173,16 @@ def test_what_fp8_cannot_take_runs_in_16_bits_and_says_why_once(
             wide = [t.float() for t in (q, k, v)]
             assert torch.equal(fp8.attention(*wide), sdpa.attention(*wide))
     assert caplog.text.count("a mask was given") == caplog.text.count("not all bfloat16") == 1
+
+
+@pytest.mark.gpu
+def test_a_models_steps_with_fp8_attention(fp8, caplog: pytest.LogCaptureFixture) -> None:
+    model = SVDQFluxTransformer2DModel.from_dense(dense_model(dtype=torch.bfloat16), Recipe(iterations=1)).cuda()
+    values = inputs(model, dtype=torch.bfloat16)
+    exact = run(model, values)
+    eager = run(model.set_cuda_graphs(False).set_attention("fp8"), values)
+    assert 0 < relative_error(eager, exact) < 0.1
+    model.set_cuda_graphs(True)
+    assert all(torch.equal(run(model, values), eager) for _ in range(3))
+    assert torch.equal(run(model.set_attention("sdpa"), values), exact)
+    assert not caplog.records
