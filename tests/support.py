@@ -59,3 +59,29 @@ def random_modulation(
     wzeros = -7.5 * wscales
     bias = torch.randn(n, generator=generator)
     return W4A16Weights(UINT4.pack(codes), *(t.to(dtype) for t in (wscales, wzeros, bias)))
+
+
+def attention_inputs(
+    kind: str, batch: int, heads: int, tokens: int, size: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, L, D), the same for the same arguments.
+
+    "outliers": a few channels of k and v many times as large; "common": keys share a vector twenty times their spread;
+    "heads": every head a hundred times as large as the one before; "zeros": a head of each is nothing but zeros.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, tokens, size, generator=generator) for _ in range(3))
+    if kind == "outliers":
+        k[..., :2] *= 8
+        v[..., :3] *= 50
+    elif kind == "common":
+        k += 20 * torch.randn(batch, heads, 1, size, generator=generator)
+    elif kind == "heads":
+        growth = 100.0 ** torch.arange(heads)[:, None, None]
+        q, k, v = q * growth, k / growth, v * growth
+    elif kind == "zeros":
+        for i, x in enumerate((q, k, v)):
+            x[:, i % heads] = 0
+    elif kind != "gaussian":
+        raise ValueError(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tonfa.layers.bound import BoundModule
+from tonfa.layers.attention import Attention
 from tonfa.layers.fused import FusedLinear, QuantizedInput, SharedInput
 from tonfa.layers.modulation import Modulation
 from tonfa.layers.offload import offloadable
@@ -53,11 +53,12 @@ class SingleAttention(nn.Module):
         self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(self, x: QuantizedInput, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """(B, L, H * D): the input of `to_out`."""
         q, k, v = self.to_qkv.product_norm_rope(x, self.norm_q.weight, self.norm_k.weight, rotary)
-        return attend(self.to_qkv, q, k, v, mask)
+        return self.attention(self.to_qkv, q, k, v, mask)
 
 
 class JointAttention(nn.Module):
@@ -73,6 +74,7 @@ class JointAttention(nn.Module):
         self.norm_added_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
         self.to_add_out = layers.linear(f"{name}.to_add_out", hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(
         self,
@@ -88,14 +90,9 @@ class JointAttention(nn.Module):
         )
         img_qkv = self.to_qkv.product_norm_rope(img, self.norm_q.weight, self.norm_k.weight, img_rotary)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        joined = attend(self.to_qkv, q, k, v, mask)
+        joined = self.attention(self.to_qkv, q, k, v, mask)
         text_length = txt_rotary[0].shape[0]
         return joined[:, text_length:], joined[:, :text_length]
-
-
-def attend(layer: BoundModule, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention by the kernels of a layer: (B, H, L, D) each -> (B, L, H * D)."""
-    return layer.binding().kernels.attention(q, k, v, mask)
 
 
 class DoubleBlock(nn.Module):
