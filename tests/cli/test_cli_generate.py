@@ -52,6 +52,21 @@ def test_picture_with_a_4_bit_transformer(
     assert 0 < difference < 0.2 * picture.std()
 
 
+def test_a_nunchaku_file_or_folder_gives_the_same_picture(
+    tonfa, depth_pipeline: Path, checkpoint: Path, depth_map: Path, tmp_path: Path
+) -> None:
+    assert tonfa("convert", checkpoint, tmp_path / "t.safetensors", "--to", "nunchaku").exit_code == 0
+    assert tonfa("convert", checkpoint, tmp_path / "folder", "--to", "nunchaku-folder").exit_code == 0
+    pictures = []
+    for i, transformer in enumerate((checkpoint, tmp_path / "t.safetensors", tmp_path / "folder")):
+        out = tmp_path / f"{i}.png"
+        command = ("generate", depth_pipeline, "--transformer", transformer, "--prompt", "a red cat", *SHORT)
+        result = tonfa(*command, "--control-image", depth_map, "--activations", "int8", "--output", out)
+        assert result.exit_code == 0, result.stderr
+        pictures.append(pixels(out))
+    assert (pictures[1] == pictures[0]).all() and (pictures[2] == pictures[0]).all()
+
+
 def test_a_pipeline_with_diffusers_4_bit_transformer(
     tonfa, depth_pipeline: Path, checkpoint: Path, depth_map: Path, tmp_path: Path
 ) -> None:

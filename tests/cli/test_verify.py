@@ -40,6 +40,11 @@ def test_errors_against_dense_weights(tonfa, folders: tuple[Path, Path]) -> None
     assert report["ok"] and len(errors) == 10 + 5
     assert errors == sorted(errors, reverse=True) and 0 < errors[-1] <= errors[0] < 0.2
     assert "largest relative errors" in tonfa("verify", quantized, "--against", dense).stdout
+    (file,) = dense.glob("*.safetensors")
+    of_file = tonfa("verify", quantized, "--against", file, "--json")
+    assert json.loads(of_file.stdout)["errors"] == json.loads(result.stdout)["errors"]
+    wrong = tonfa("verify", quantized, "--against", dense / "config.json")
+    assert wrong.exit_code == 1 and "config.json: is truncated or damaged" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ def generate(
     model: Annotated[str, typer.Argument(help="FLUX pipeline: a Diffusers folder or a Hub id.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
     transformer: Annotated[
-        str | None, typer.Option(help="4-bit transformer made by `tonfa quantize`.", show_default="the model's own")
+        str | None,
+        typer.Option(
+            help="4-bit checkpoint: a folder, a .safetensors file or a Hub id.", show_default="the model's own"
+        ),
     ] = None,
     control_image: Annotated[Path | None, typer.Option(help="Depth map: near is white.")] = None,
     image: Annotated[Path | None, typer.Option(help="Photograph whose depth is estimated first.")] = None,

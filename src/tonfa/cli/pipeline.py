@@ -80,19 +80,25 @@ def examine(model: str, transformer: str | None) -> Facts:
 
     Raises CheckpointError where this is no FLUX pipeline, UnsupportedError for variants with other inputs.
     """
+    from tonfa.models.flux.checkpoints import is_single_file, open_checkpoint
+
     index = read_json(model, "model_index.json", "MODEL")
     if index is None:
         raise CheckpointError(f"MODEL: {model} has no model_index.json, so it is no pipeline of Diffusers")
     name = str((index.get("transformer") or [None, None])[1])
     if name not in FLUX_CLASSES:
         raise CheckpointError(f"no FLUX model: the transformer of {model} is {name}, expected {FLUX_CLASSES[0]}")
+    config: Mapping[str, Any] | None
     if transformer is None:
         config = read_json(model, "transformer/config.json", "MODEL")
+    elif is_single_file(transformer):
+        config = open_checkpoint(transformer).config
     else:
         config = read_json(transformer, "config.json", "--transformer")
     if config is None:
         raise CheckpointError(f"{transformer or model}: it has no config.json of a transformer")
-    return Facts(_takes_control(config), config.get("quantization_config") is not None)
+    # Nunchaku's folders do not say of themselves that they are quantized; nothing else is taken as --transformer.
+    return Facts(_takes_control(config), transformer is not None or config.get("quantization_config") is not None)
 
 
 def _takes_control(config: Mapping[str, Any]) -> bool:

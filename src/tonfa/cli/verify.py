@@ -19,7 +19,8 @@ WORST = 10
 def verify(
     path: Annotated[Path, typer.Argument(help="4-bit checkpoint: a folder or a .safetensors file.")],
     against: Annotated[
-        str | None, typer.Option("--against", help="Dense transformer or pipeline it was made of: a folder or Hub id.")
+        str | None,
+        typer.Option("--against", help="Dense weights it was made of: a Diffusers folder or file, or a Hub id."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
@@ -35,14 +36,16 @@ def verify(
     from tonfa.cli.pipeline import quieten_libraries
 
     quieten_libraries()
-    from tonfa.checkpoint.reading import local_path
+    from tonfa.checkpoint.reading import exists, local_path
     from tonfa.cli.quantize import find_transformer, read_flux_config
     from tonfa.models.flux.audit import verify_checkpoint
 
     dense = None
     if against is not None:
-        dense = find_transformer(against, "transformer")
-        read_flux_config(dense)
+        dense = local_path(against)
+        if not (exists(dense) and dense.is_file()):
+            dense = find_transformer(against, "transformer")
+            read_flux_config(dense)
     report = verify_checkpoint(local_path(path), dense)
     if as_json:
         print(json.dumps(report, indent=2))

@@ -136,8 +136,9 @@ def _oddities(model: QuantizedFlux, stored: TensorFiles) -> Iterator[dict[str, A
 
 
 def verify_checkpoint(path: Path, against: Path | None = None) -> dict[str, Any]:
-    """Read every tensor; with `against`, compare every linear with that folder's dense weights, worst first.
+    """Read every tensor; with `against`, compare every linear with the dense weights there, worst first.
 
+    `against` is a Diffusers folder or a safetensors file with Diffusers' names.
     `problems` is empty for a sound checkpoint. Raises CheckpointError if names, shapes or dtypes do not fit at all.
     """
     model = read_quantized(path)
@@ -170,7 +171,7 @@ def _signed_codes(model: QuantizedFlux) -> list[str]:
 
 
 def _errors(model: QuantizedFlux, against: Path) -> dict[str, float]:
-    dense = TensorFolder(against)
+    dense = TensorFiles([against]) if against.is_file() else TensorFolder(against)
     copies = {name: model.spec[target] for block in model.plan.blocks for target, name in block.copies}
     check(dense.spec(), dense_spec(model.plan, copies, model.dtype), str(against))
     errors = {

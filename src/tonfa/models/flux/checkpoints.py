@@ -33,14 +33,19 @@ class Opened:
     """From the spec of the model's state dict to the tensors by native name."""
 
 
+def is_single_file(source: str | Path) -> bool:
+    """Whether this names a file, here or on the Hub, rather than a folder."""
+    local = local_path(source)
+    return str(source).endswith(_SINGLE_FILE) or (exists(local) and local.is_file())
+
+
 def open_checkpoint(source: str | Path, **hub: Any) -> Opened:
     """A local file or folder, a Hub id `org/name`, or a file of a Hub repository `org/name/file.safetensors`.
 
     `hub` holds `subfolder`, `revision`, `token`, `cache_dir` and `local_files_only`. Raises CheckpointError, naming the
     file, for whatever is no 4-bit FLUX checkpoint.
     """
-    local = local_path(source)
-    if str(source).endswith(_SINGLE_FILE) or (exists(local) and local.is_file()):
+    if is_single_file(source):
         return _single_file(files.resolve_file(source, **hub))
     folder = files.resolve(source, **hub)
     if any(present(folder / name) for name in LEGACY_FILES):
