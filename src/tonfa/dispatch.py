@@ -46,6 +46,8 @@ class Kernels:
     norm_modulate_quantize: Callable[..., QuantizedActivation]
     w4a16: Callable[..., Tensor]
     attention: Callable[..., Tensor]
+    product_norm_rope_into: Callable[..., None] | None = None
+    """product_norm_rope that writes to a part of a larger (3, B, H, L, D); None if the backend has no such kernel."""
 
 
 @dataclass(frozen=True)

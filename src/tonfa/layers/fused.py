@@ -57,6 +57,30 @@ class FusedLinear(BoundModule):
         bound = self.binding()
         return bound.kernels.product_norm_rope(x, bound.product_weights, norm_q, norm_k, rotary)
 
+    def product_norm_rope_into(
+        self,
+        x: QuantizedInput,  # B * L rows
+        norm_q: Tensor,
+        norm_k: Tensor,
+        rotary: Rotary,  # (L, D) each
+        heads: Tensor,  # (3, B, H, L_total, D): q, k, v
+        offset: int,
+    ) -> None:
+        """The same for a part of the tokens, written to heads[:, :, :, offset : offset + L]."""
+        bound = self.binding()
+        if bound.kernels.product_norm_rope_into is not None:
+            weights = bound.product_weights
+            bound.kernels.product_norm_rope_into(x, weights, norm_q, norm_k, rotary, heads, offset)
+            return
+        self._copy_heads(x, norm_q, norm_k, rotary, heads, offset)
+
+    def _copy_heads(
+        self, x: QuantizedInput, norm_q: Tensor, norm_k: Tensor, rotary: Rotary, heads: Tensor, offset: int
+    ) -> None:
+        places = heads[:, :, :, offset : offset + rotary[0].shape[0]]
+        for place, values in zip(places, self.product_norm_rope(x, norm_q, norm_k, rotary), strict=True):
+            place.copy_(values)
+
     def product_gate_residual(self, x: QuantizedInput, residual: Tensor, gate: Tensor) -> Tensor:
         """Residual (B, L, N) + gate (B, N) * product."""
         bound = self.binding()

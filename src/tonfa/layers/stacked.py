@@ -84,6 +84,12 @@ class StackedLinear(FusedLinear):
         """Normalized and rotated q, k, and v, each (B, H, L, D), from three parts."""
         return fused.heads_norm_rope(self.product(x), norm_q, norm_k, rotary)
 
+    def product_norm_rope_into(
+        self, x: QuantizedInput, norm_q: Tensor, norm_k: Tensor, rotary: Rotary, heads: Tensor, offset: int
+    ) -> None:
+        """The same for a part of the tokens, copied to its place."""
+        self._copy_heads(x, norm_q, norm_k, rotary, heads, offset)
+
     def product_gate_residual(self, x: QuantizedInput, residual: Tensor, gate: Tensor) -> Tensor:
         """Residual (B, L, N) + gate (B, N) * product."""
         return fused.gate_residual(self.product(x).view(residual.shape), residual, gate)

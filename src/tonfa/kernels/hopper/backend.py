@@ -64,6 +64,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "product": product,
         "norm_modulate_quantize": route(inputs.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
         "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),
+        "product_norm_rope_into": route(products.product_norm_rope_into, theirs["product_norm_rope_into"], 1),
         "product_gelu_quantize": product_gelu_quantize,
         "product_gate_residual": route(products.product_gate_residual, theirs["product_gate_residual"], 1),
     }

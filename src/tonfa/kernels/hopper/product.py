@@ -24,7 +24,7 @@ from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.layout import pack_up
-from tonfa.kernels.hopper.quantize import PackedInput, quantize, quantize_known
+from tonfa.kernels.hopper.quantize import PackedInput, multiprocessors, quantize, quantize_known
 from tonfa.ops import fused
 from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import Rotary
@@ -200,11 +200,6 @@ def kernel(dtype: torch.dtype, epilogue: int, tokens: int) -> Kernel:
     return Kernel("product", defines, (TensorMap, Product), _THREADS, shared, package, "a", wrappers(tokens))
 
 
-@lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _run(x: QuantizedActivation, w: PackedProduct, epilogue: int, **values: Any) -> None:
     if not isinstance(x, HopperActivation) or x.scales is None or x.lowrank is None:
         raise FormatError("product: the input must come from this backend's quantize")
@@ -214,7 +209,7 @@ def _run(x: QuantizedActivation, w: PackedProduct, epilogue: int, **values: Any)
     if x.rows == 0:
         return
     device, n = x.codes.device, w.columns
-    count = _multiprocessors(device)
+    count = multiprocessors(device)
     tokens = tiles.choose(x.rows, n, count)
     parameters = Product(
         x=x.codes.data_ptr(),
@@ -323,19 +318,41 @@ def product_norm_rope(
     norm_k: Tensor,  # (D,)
     rotary: Rotary,  # (L, D) each
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v: (B, H, L, D), in memory as (B, L, H, D). Heads of other sizes than 128 are composed."""
+    """q, k, v: (B, H, L, D), in memory as (B, L, H, D)."""
     assert isinstance(x, HopperActivation)
     length, size = rotary[0].shape
-    if size != HEAD_DIM or w.columns != w.out_features:
-        return fused.product_norm_rope(Primitives, x, w, norm_q, norm_k, rotary)
-    if x.rows % length or w.out_features % (3 * size):
-        raise FormatError(
-            f"product_norm_rope: {x.rows} rows of {w.out_features} do not divide into q, k, v of {rotary[0].shape}"
-        )
-    heads, batch = w.out_features // (3 * size), x.rows // length
-    out = torch.empty((3, batch, length, heads, size), dtype=x.dtype, device=x.codes.device)
+    shape = (3, x.rows // max(length, 1), length, w.out_features // (3 * size), size)
+    heads = torch.empty(shape, dtype=x.dtype, device=x.codes.device).transpose(2, 3)
+    product_norm_rope_into(x, w, norm_q, norm_k, rotary, heads, 0)
+    q, k, v = heads.unbind(0)
+    return q, k, v
+
+
+def product_norm_rope_into(
+    x: QuantizedActivation,  # B * L rows
+    w: PackedProduct,
+    norm_q: Tensor,  # (D,)
+    norm_k: Tensor,  # (D,)
+    rotary: Rotary,  # (L, D) each
+    heads: Tensor,  # (3, B, H, L_total, D), D contiguous
+    offset: int,
+) -> None:
+    """Write q, k and v to heads[:, :, :, offset : offset + L]. Heads of other sizes than 128 are composed."""
+    assert isinstance(x, HopperActivation)
+    length, size = rotary[0].shape
+    places = heads[:, :, :, offset : offset + length]
+    if places.shape != (3, x.rows // max(length, 1), w.out_features // (3 * size), length, size):
+        found = f"{x.rows} rows of {w.out_features} for {length} tokens"
+        raise FormatError(f"product_norm_rope: {found} do not fit {tuple(heads.shape)} from {offset} on")
+    if size != HEAD_DIM or w.columns != w.out_features or heads.stride(4) != 1:
+        for place, values in zip(
+            places, fused.product_norm_rope(Primitives, x, w, norm_q, norm_k, rotary), strict=True
+        ):
+            place.copy_(values)
+        return
+    q, k, v = places.unbind(0)
+    norms = [norm.detach().to(x.dtype).contiguous() for norm in (norm_q, norm_k)]
     table = _rotary_table(rotary)
-    q, k, v = out.transpose(2, 3).unbind(0)
     _run(
         x,
         w,
@@ -343,13 +360,12 @@ def product_norm_rope(
         out=q.data_ptr(),
         out_k=k.data_ptr(),
         out_v=v.data_ptr(),
-        norm_q=norm_q.detach().to(x.dtype).contiguous().data_ptr(),
-        norm_k=norm_k.detach().to(x.dtype).contiguous().data_ptr(),
+        norm_q=norms[0].data_ptr(),
+        norm_k=norms[1].data_ptr(),
         rotary=table.data_ptr(),
         batch_stride=q.stride(0),
         token_stride=q.stride(2),
         head_stride=q.stride(1),
-        heads=heads,
+        heads=q.shape[1],
         length=length,
     )
-    return q, k, v

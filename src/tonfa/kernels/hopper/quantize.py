@@ -120,6 +120,23 @@ def _rows(x: Tensor, w: PackedInput, what: str) -> Tensor:
     return x if readable else x.contiguous()
 
 
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks of a kernel run at a time, at least."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=1024)
+def _splits(blocks: int, tiles: int, processors: int) -> int:
+    """In how many parts the channels are dealt out: the fewest turns of the two warps that share rows."""
+
+    def turns(splits: int) -> tuple[int, int]:
+        waves = -(-blocks * splits // (2 * processors))
+        return waves * -(-tiles // (2 * splits)), splits
+
+    return min(range(1, max(1, min(tiles // 2, 16)) + 1), key=turns)
+
+
 def _run(
     x: Tensor, w: PackedInput, scale: Tensor | None, shift: Tensor | None, absmax: Tensor | None
 ) -> HopperActivation:
@@ -138,7 +155,7 @@ def _run(
     blocks, splits = -(-m_pad // rows), 1
     partial = arrived = None
     if known:
-        splits = max(1, min(tiles // 2, 8))
+        splits = _splits(blocks, tiles, multiprocessors(device))
         partial = torch.empty((splits, m_pad, max(w.rank, 1)), device=device)
         arrived = torch.zeros(blocks, dtype=torch.int32, device=device)
     parameters = Quantize(

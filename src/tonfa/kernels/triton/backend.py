@@ -31,7 +31,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     from tonfa.kernels.triton.product import pack_product, product
     from tonfa.kernels.triton.product_gate_residual import product_gate_residual
     from tonfa.kernels.triton.product_gelu_quantize import product_gelu_quantize
-    from tonfa.kernels.triton.product_norm_rope import product_norm_rope
+    from tonfa.kernels.triton.product_norm_rope import product_norm_rope, product_norm_rope_into
     from tonfa.kernels.triton.quantize import norm_modulate_quantize, pack_input, quantize
     from tonfa.kernels.triton.w4a16 import pack_w4a16, w4a16
 
@@ -43,6 +43,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "product": product,
         "product_gelu_quantize": product_gelu_quantize,
         "product_norm_rope": product_norm_rope,
+        "product_norm_rope_into": product_norm_rope_into,
         "product_gate_residual": product_gate_residual,
         "norm_modulate_quantize": norm_modulate_quantize,
         "w4a16": w4a16,

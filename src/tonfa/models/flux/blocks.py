@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from tonfa.layers.attention import Attention
@@ -83,15 +82,19 @@ class JointAttention(nn.Module):
         img_rotary: Rotary,
         txt_rotary: Rotary,
         mask: Tensor | None,
+        stream: Tensor,  # (B, L_img, hidden), for its batch and dtype
     ) -> tuple[Tensor, Tensor]:
         """(B, L_img, H * D) and (B, L_txt, H * D): the inputs of `to_out` and `to_add_out`."""
-        txt_qkv = self.add_qkv_proj.product_norm_rope(
-            txt, self.norm_added_q.weight, self.norm_added_k.weight, txt_rotary
-        )
-        img_qkv = self.to_qkv.product_norm_rope(img, self.norm_q.weight, self.norm_k.weight, img_rotary)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        text_length, head_dim = txt_rotary[0].shape
+        length, heads = text_length + img_rotary[0].shape[0], self.to_qkv.out_features // (3 * head_dim)
+        # In memory (B, L, H, D), as attention kernels return their output.
+        qkv = txt_rotary[0].new_empty((3, stream.shape[0], length, heads, head_dim), dtype=stream.dtype).transpose(2, 3)
+        norms = (self.norm_added_q.weight, self.norm_added_k.weight)
+        self.add_qkv_proj.product_norm_rope_into(txt, *norms, txt_rotary, qkv, 0)
+        norms = (self.norm_q.weight, self.norm_k.weight)
+        self.to_qkv.product_norm_rope_into(img, *norms, img_rotary, qkv, text_length)
+        q, k, v = qkv.unbind(0)
         joined = self.attention(self.to_qkv, q, k, v, mask)
-        text_length = txt_rotary[0].shape[0]
         return joined[:, text_length:], joined[:, :text_length]
 
 
@@ -123,7 +126,7 @@ class DoubleBlock(nn.Module):
 
         img_in = attn.to_qkv.norm_modulate_quantize(img, img_scale, img_shift)
         txt_in = attn.add_qkv_proj.norm_modulate_quantize(txt, txt_scale, txt_shift)
-        img_attn, txt_attn = attn(img_in, txt_in, img_rotary, txt_rotary, mask)
+        img_attn, txt_attn = attn(img_in, txt_in, img_rotary, txt_rotary, mask, img)
         img = attn.to_out.product_gate_residual(attn.to_out.quantize(img_attn), img, img_gate)
         txt = attn.to_add_out.product_gate_residual(attn.to_add_out.quantize(txt_attn), txt, txt_gate)
 

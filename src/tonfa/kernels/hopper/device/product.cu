@@ -128,6 +128,11 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 }
 __device__ __forceinline__ float low_half(uint32_t v) { return to_float((uint16_t)v); }
 __device__ __forceinline__ float high_half(uint32_t v) { return to_float((uint16_t)(v >> 16)); }
+__device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
+  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) f[2 * e] = low_half(u[e]), f[2 * e + 1] = high_half(u[e]);
+}
 __device__ __forceinline__ float2 half_pair(uint32_t v) {
   float2 f;
   asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(f.x), "=f"(f.y) : "r"(v));
@@ -313,12 +318,43 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const int c0 = n0 + half * 64 + warp4 * 16 + row, c1 = c0 + 8;
     const float ws0 = c0 < a.n ? a.w_scale[c0] : 0.f, ws1 = c1 < a.n ? a.w_scale[c1] : 0.f;
     const float b0 = c0 < a.n ? a.bias[c0] : 0.f, b1 = c1 < a.n ? a.bias[c1] : 0.f;
+    // What the second half of the epilogue reads: eight lanes hold 64 channels of a row, with NORM_ROPE 16 a head.
+    const bool one_image = a.length >= a.m;
+    const int lane_of_row = EPILOGUE == NORM_ROPE ? t % 16 : t % 8, row_of_turn = EPILOGUE == NORM_ROPE ? t / 16 : t % 128 / 8;
+    const int channel = n0 + (EPILOGUE == NORM_ROPE ? 0 : half * 64) + lane_of_row * 8;
+    const int head = n0 / CHANNELS, which = EPILOGUE == NORM_ROPE ? head / a.heads : 0;  // of q, k, v
+    const bool rotated = EPILOGUE == NORM_ROPE && which < 2;
+    float per_channel[8];  // NORM_ROPE: norm weight, GELU: 1 / smooth of the next linear
+    uint4 gate = make_uint4(0, 0, 0, 0);
+    if (rotated) {
+      unpack(*(const uint4*)((which == 0 ? a.norm_q : a.norm_k) + lane_of_row * 8), per_channel);
+    } else if (EPILOGUE == GELU) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) per_channel[e] = channel < a.n ? a.next_inverse[channel + e] : 0.f;
+    } else if (EPILOGUE == GATE_RESIDUAL && one_image && channel < a.n) {
+      gate = *(const uint4*)(a.gate + channel);
+    }
+    uint16_t* to = a.out + channel;
+    if (EPILOGUE == NORM_ROPE)
+      to = (which == 0 ? a.out : which == 1 ? a.out_k : a.out_v) + head % a.heads * a.head_stride + lane_of_row * 8;
+
     sync_threads(1 + half, 128);  // the scales
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
+      const int tokens = part ? TOKENS - PART : PART;
+      constexpr int TURNS = (PART + 15) / 16;
+      // Read before the first half, behind which their latency hides.
+      uint4 extra[TURNS];
 #pragma unroll
-      for (int j = 0; j < (part ? TOKENS - PART : PART) / 8; j += 2) {
-        const int blocks = (part ? TOKENS - PART : PART) / 8;
+      for (int b = 0; b < TURNS; ++b) {
+        const int token = row_of_turn + 16 * b, m = m0 + part * PART + token;
+        if (token >= tokens || m >= a.m) continue;
+        if (rotated) extra[b] = *(const uint4*)(a.rotary + (size_t)(one_image ? m : m % a.length) * 64 + lane_of_row * 4);
+        if (EPILOGUE == GATE_RESIDUAL && channel < a.n) extra[b] = *(const uint4*)(a.residual + (size_t)m * a.n + channel);
+      }
+#pragma unroll
+      for (int j = 0; j < tokens / 8; j += 2) {
+        const int blocks = tokens / 8;
         uint32_t v[4];
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
@@ -343,102 +379,70 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         else
           asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(v[0]), "r"(v[1]) : "memory");
       }
-      const int tokens = part ? TOKENS - PART : PART;
-      if (EPILOGUE == NORM_ROPE) {
+      if (EPILOGUE == NORM_ROPE)
         sync_threads(3, 256);
-        const int head = n0 / CHANNELS, which = head / a.heads, h = head % a.heads, lane16 = t % 16;
-        uint16_t* const to = which == 0 ? a.out : which == 1 ? a.out_k : a.out_v;
-        const uint32_t from = staged + (lane16 / 8) * PART * 128;
-        float weight[8];
-        if (which < 2) {
-          const uint4 v = *(const uint4*)((which == 0 ? a.norm_q : a.norm_k) + lane16 * 8);
-          const uint32_t u[4] = {v.x, v.y, v.z, v.w};
+      else
+        sync_threads(1 + half, 128);
+      const uint32_t from = EPILOGUE == NORM_ROPE ? staged + lane_of_row / 8 * PART * 128 : my_staged;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) weight[2 * e] = low_half(u[e]), weight[2 * e + 1] = high_half(u[e]);
-        }
-        for (int token = t / 16; token < tokens; token += 16) {
-          const int m = m0 + part * PART + token;
-          const int batch = m / a.length, position = m % a.length;
-          uint4 v = load4(from + token * 128 + (((lane16 % 8) ^ (token & 7)) * 16));
-          if (which < 2) {
-            uint32_t u[4] = {v.x, v.y, v.z, v.w};
+      for (int b = 0; b < TURNS; ++b) {
+        const int token = row_of_turn + 16 * b, m = m0 + part * PART + token;
+        if (token >= tokens || m >= a.m || channel >= a.n) continue;  // alike in the lanes of a row
+        uint4 v = load4(from + token * 128 + (((lane_of_row % 8) ^ (token & 7)) * 16));
+        if (EPILOGUE == NORM_ROPE) {
+          const int batch = one_image ? 0 : m / a.length, position = m - batch * a.length;
+          if (rotated) {
+            const uint32_t angles[4] = {extra[b].x, extra[b].y, extra[b].z, extra[b].w};
             float y[8], sum = 0.f;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) y[2 * e] = low_half(u[e]), y[2 * e + 1] = high_half(u[e]);
+            uint32_t u[4];
+            unpack(v, y);
 #pragma unroll
             for (int e = 0; e < 8; ++e) sum = fmaf(y[e], y[e], sum);
 #pragma unroll
             for (int e = 1; e < 16; e *= 2) sum += __shfl_xor_sync(0xffffu << (lane & 16), sum, e);
             const float r = rsqrtf(fmaf(sum, 1.f / 128.f, 1e-6f));
-            const uint4 angle = m < a.m ? *(const uint4*)(a.rotary + (size_t)position * 64 + lane16 * 4) : make_uint4(0, 0, 0, 0);
-            const uint32_t angles[4] = {angle.x, angle.y, angle.z, angle.w};
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const float2 cs = half_pair(angles[e]);
-              const float p = y[2 * e] * r * weight[2 * e], q = y[2 * e + 1] * r * weight[2 * e + 1];
+              const float p = y[2 * e] * r * per_channel[2 * e], q = y[2 * e + 1] * r * per_channel[2 * e + 1];
               u[e] = pack(p * cs.x - q * cs.y, q * cs.x + p * cs.y);
             }
             v = make_uint4(u[0], u[1], u[2], u[3]);
           }
-          if (m < a.m)
-            *(uint4*)(to + batch * a.batch_stride + position * a.token_stride + h * a.head_stride + lane16 * 8) = v;
+          *(uint4*)(to + batch * a.batch_stride + position * a.token_stride) = v;
+          continue;
         }
-        sync_threads(3, 256);
-      } else {
-        sync_threads(1 + half, 128);
-        const int chunk = t % 8, channel = n0 + half * 64 + chunk * 8;
-        float inverse[8];
         if (EPILOGUE == GELU) {
+          float y[8], largest = 0.f;
+          unpack(v, y);
 #pragma unroll
-          for (int e = 0; e < 8; ++e) inverse[e] = channel < a.n ? a.next_inverse[channel + e] : 0.f;
+          for (int e = 0; e < 8; ++e) largest = fmaxf(largest, fabsf(y[e] * per_channel[e]));
+#pragma unroll
+          for (int e = 1; e < 8; e *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffu << (lane & 24), largest, e));
+          if (lane_of_row == 0) atomicMax(a.absmax + m, __float_as_uint(largest));
         }
-        constexpr int BATCH = 4;  // rows in flight
-        for (int first = t % 128 / 8; first < tokens; first += 16 * BATCH) {
-          uint4 v[BATCH], residual[BATCH], gate[BATCH];
-          bool valid[BATCH];
+        if (EPILOGUE == GATE_RESIDUAL) {
+          if (!one_image) gate = *(const uint4*)(a.gate + (size_t)(m / a.length) * a.gate_stride + channel);
+          float y[8], s[8], g[8];
+          uint32_t u[4];
+          unpack(v, y), unpack(extra[b], s), unpack(gate, g);
 #pragma unroll
-          for (int b = 0; b < BATCH; ++b) {
-            const int token = first + 16 * b, m = m0 + part * PART + token;
-            valid[b] = token < tokens && m < a.m && channel < a.n;  // alike in the eight lanes of a token
-            if (!valid[b]) continue;
-            v[b] = load4(my_staged + token * 128 + ((chunk ^ (token & 7)) * 16));
-            if (EPILOGUE == GATE_RESIDUAL) {
-              residual[b] = *(const uint4*)(a.residual + (size_t)m * a.n + channel);
-              gate[b] = *(const uint4*)(a.gate + (size_t)(m / a.length) * a.gate_stride + channel);
-            }
-          }
-#pragma unroll
-          for (int b = 0; b < BATCH; ++b) {
-            if (!valid[b]) continue;
-            const int m = m0 + part * PART + first + 16 * b;
-            uint32_t u[4] = {v[b].x, v[b].y, v[b].z, v[b].w};
-            if (EPILOGUE == GELU) {
-              float largest = 0.f;
-#pragma unroll
-              for (int e = 0; e < 4; ++e)
-                largest = fmaxf(largest, fmaxf(fabsf(low_half(u[e]) * inverse[2 * e]), fabsf(high_half(u[e]) * inverse[2 * e + 1])));
-#pragma unroll
-              for (int e = 1; e < 8; e *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffu << (lane & 24), largest, e));
-              if (chunk == 0) atomicMax(a.absmax + m, __float_as_uint(largest));
-            }
-            if (EPILOGUE == GATE_RESIDUAL) {
-              const uint32_t s[4] = {residual[b].x, residual[b].y, residual[b].z, residual[b].w};
-              const uint32_t g[4] = {gate[b].x, gate[b].y, gate[b].z, gate[b].w};
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                float low = fmaf(low_half(u[e]), low_half(g[e]), low_half(s[e]));
-                float high = fmaf(high_half(u[e]), high_half(g[e]), high_half(s[e]));
+          for (int e = 0; e < 8; ++e) {
+            s[e] = fmaf(y[e], g[e], s[e]);
 #if OUT_FP16
-                low = fminf(fmaxf(low, -65504.f), 65504.f), high = fminf(fmaxf(high, -65504.f), 65504.f);
+            s[e] = fminf(fmaxf(s[e], -65504.f), 65504.f);
 #endif
-                u[e] = pack(low, high);
-              }
-            }
-            *(uint4*)(a.out + (size_t)m * a.n + channel) = make_uint4(u[0], u[1], u[2], u[3]);
           }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) u[e] = pack(s[2 * e], s[2 * e + 1]);
+          v = make_uint4(u[0], u[1], u[2], u[3]);
         }
-        sync_threads(1 + half, 128);
+        *(uint4*)(to + (size_t)m * a.n) = v;
       }
+      if (EPILOGUE == NORM_ROPE)
+        sync_threads(3, 256);
+      else
+        sync_threads(1 + half, 128);
     }
   }
 }

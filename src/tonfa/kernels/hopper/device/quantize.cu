@@ -86,11 +86,12 @@ template <int N>
 __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  // no memory clobber: loads of weights may move across
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
   return v;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_constant__ Quantize a) {
+extern "C" __global__ void __launch_bounds__(256, RANK_BLOCKS <= 8 ? 2 : 1) quantize(const __grid_constant__ Quantize a) {
   extern __shared__ __align__(128) uint8_t pieces[];
   auto sums = (float (*)[ROWS][RANKS + 1])pieces;  // when the rows are done with
   __shared__ float exchange[2][8][16];
@@ -243,6 +244,17 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_const
   }
 
   float d[RANK_BLOCKS][4] = {};
+  // The down-projection of a piece is read while the piece before is computed, if registers allow.
+  constexpr bool AHEAD = RANK_BLOCKS <= 4;
+  uint4 down[RANK_BLOCKS], next_down[RANK_BLOCKS];
+  auto read = [&](int i, int b) {
+    const int column = column_of(i, b);
+    const bool valid = i < mine && column < a.k;
+#pragma unroll
+    for (int n = 0; n < RANK_BLOCKS; ++n)
+      next_down[n] = valid && n * 8 < a.rank ? __ldg((const uint4*)(a.down + (size_t)(n * 8 + row) * a.k + column)) : make_uint4(0, 0, 0, 0);
+  };
+  if (AHEAD) read(0, 0);
   for (int i = 0; i < mine; ++i) {
 #if KNOWN
     const int place = i % STAGES;
@@ -253,26 +265,27 @@ extern "C" __global__ void __launch_bounds__(256, 2) quantize(const __grid_const
     const int place = i;
 #endif
     const int tile = begin + slice + i * SLICES;
-    uint32_t bytes[2][8] = {};
+    uint32_t bytes[2][8];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const int column = column_of(i, b);
-      if (column >= a.k) continue;
-      uint4 down[RANK_BLOCKS];
+      float factor[8] = {};
+      if (column < a.k) {
+        *(float4*)factor = __ldg((const float4*)(a.inverse + column));
+        *(float4*)(factor + 4) = __ldg((const float4*)(a.inverse + column + 4));
+      }
+      if (!AHEAD) read(i, b);
 #pragma unroll
-      for (int n = 0; n < RANK_BLOCKS; ++n)
-        down[n] = n * 8 < a.rank ? __ldg((const uint4*)(a.down + (size_t)(n * 8 + row) * a.k + column)) : make_uint4(0, 0, 0, 0);
-      float inverse[8];
-      *(float4*)inverse = __ldg((const float4*)(a.inverse + column));
-      *(float4*)(inverse + 4) = __ldg((const float4*)(a.inverse + column + 4));
+      for (int n = 0; n < RANK_BLOCKS; ++n) down[n] = next_down[n];
+      if (AHEAD) read(b == 3 ? i + 1 : i, (b + 1) % 4);
       uint4 y[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        y[h] = load_shared(piece(place, h, b));
+        y[h] = load_shared(piece(place, h, b));  // zeros beyond the last channel
         float v[8];
         unpack(y[h], v);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = v[e] * inverse[e] * reciprocal[h];
+        for (int e = 0; e < 8; ++e) v[e] = v[e] * factor[e] * reciprocal[h];
         bytes[h][b] = to_e4m3(v[0], v[1], v[2], v[3]);
         bytes[h][4 + b] = to_e4m3(v[4], v[5], v[6], v[7]);
       }
