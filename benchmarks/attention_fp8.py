@@ -2,10 +2,12 @@
 
     python benchmarks/attention_fp8.py
     python benchmarks/attention_fp8.py --device cpu        the errors alone, by the specification
+    python benchmarks/attention_fp8.py --diagnose          which graphs cuDNN builds, and its reasons against the others
 
-Prints the errors of 16-bit attention, of the FP8 kernels, of their specification and of the same without smoothing,
-each against float32; the microseconds of each kernel, called one by one and in one CUDA graph; the errors on what the
-demo model's blocks attend to, and how far its pictures move. Ends with a nonzero status if the kernels are wrong.
+Prints the errors of 16-bit attention, of the FP8 kernels and of their specification, each against float32; the
+microseconds of each kernel, called one by one and in one CUDA graph; how far FP8 attention moves the demo model's
+velocities, beside its 4-bit weights and other choices of scales, and how far its pictures. Ends with a nonzero status if
+the kernels are wrong.
 """
 
 from __future__ import annotations

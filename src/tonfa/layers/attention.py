@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Attention:
         k: Tensor,  # (B, H, L, D)
         v: Tensor,  # (B, H, L, D)
         mask: Tensor | None,
+        norm_q: Sequence[Tensor],  # (D,) each: the weights of the norms of parts of the tokens, which bound q
+        norm_k: Sequence[Tensor],
     ) -> Tensor:
         """(B, L, H * D). `layer` is one whose backend computes where nothing else was chosen.
 
@@ -41,5 +43,7 @@ class Attention:
         """
         if self._bound is None or self._bound[0] != q.device:
             self._bound = q.device, bind_attention(q.device, self.choice)
-        kernel = self._bound[1] or layer.binding().kernels.attention
-        return kernel(q, k, v, mask)
+        chosen = self._bound[1]
+        if chosen is None:
+            return layer.binding().kernels.attention(q, k, v, mask)
+        return chosen(q, k, v, mask, norm_q, norm_k)

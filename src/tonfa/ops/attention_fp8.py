@@ -1,16 +1,19 @@
 """attention_fp8: softmax(q k^T / sqrt(D)) v with q, k, v, the probabilities and the result rounded to e4m3.
 
-Two things keep it close to 16 bits. The mean of k over the tokens is subtracted: it adds the same number to all scores
-of a row, which softmax does not see, while e4m3 would spend its three bits of mantissa on it (SageAttention, arXiv
-2410.02367). And every head has scales of its own. They are powers of two, so that scaling itself rounds nothing, and
-come from cheap upper bounds: e4m3 keeps its relative precision over fifteen binades, one more or less loses nothing.
+q and k have been RMS-normed with weights w and rotated in pairs of channels, as in FLUX. An RMS-normed vector has length
+sqrt(D) before the weights, so no element exceeds sqrt(D) max|w|: their scales are known before anything is computed. v's
+comes from its absolute maximum. Scales are powers of two and round nothing themselves. That the bound of q and k is about
+ten times a typical element costs nothing: e4m3 keeps its relative precision over fifteen binades. For the same reason one
+scale for all heads, which is what cuDNN takes, is as good as one for each.
 
-cuDNN, which computes this on Hopper, takes one scale for each of q, k and v. The product of q's and k's scales is
-therefore the same for all heads, and v's is folded into the reading of the result.
+On the demo model with 4-bit weights FP8 attention moves the predicted velocity by 2.0 %, the 4-bit weights by 4.6 %.
+Absolute maxima of each head instead of bounds, or subtracting from k its mean over the tokens (SageAttention, arXiv
+2410.02367; needed for integers, whose steps are uniform), change nothing there: 2.0 % each. So both are left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +29,7 @@ SMALLEST_BOUND, LARGEST_BOUND = 2.0**-30, 2.0**60
 
 @dataclass(frozen=True)
 class Exponents:
-    """Powers of two, (B, H) int32 each: x is rounded as x * 2^exponent. q + k is the same for all heads."""
+    """Powers of two, int32 scalars: x is rounded as x * 2^exponent."""
 
     q: Tensor
     k: Tensor
@@ -41,32 +44,30 @@ def largest_exponents(
     return torch.where(mantissa <= 0.875, 9, 8).int() - exponent
 
 
-def exponents(
-    q: Tensor,  # (B, H, L, D)
-    k: Tensor,  # (B, H, L, D)
-    v: Tensor,  # (B, H, L, D)
-) -> Exponents:
-    """Scales from the absolute maxima; smoothing at most doubles k's."""
-    most_q = largest_exponents(q.abs().amax((2, 3)))
-    most_k = largest_exponents(2 * k.float().abs().amax((2, 3)))
-    spare = most_q + most_k - (most_q + most_k).min()
-    return Exponents(most_q - spare // 2, most_k - (spare - spare // 2), largest_exponents(v.abs().amax((2, 3))))
-
-
-def smooth(
-    k: Tensor,  # (B, H, L, D)
+def norm_bound(
+    weights: Sequence[Tensor],  # (D,) each
 ) -> Tensor:
-    """K minus its mean over the tokens, float32 (or k's own dtype if that is wider)."""
-    wide = k if k.dtype == torch.float64 else k.float()
-    return wide - wide.mean(2, keepdim=True)
+    """The largest element that an RMS-normed and rotated vector can have, float32."""
+    largest = torch.stack([w.float().abs().amax() for w in weights]).amax()
+    return largest * weights[0].numel() ** 0.5
+
+
+def exponents(
+    v: Tensor,  # (B, H, L, D)
+    norm_q: Sequence[Tensor],  # (D,) each: the weights of the norms of parts of the tokens
+    norm_k: Sequence[Tensor],
+) -> Exponents:
+    """Scales with which nothing saturates."""
+    most = v.abs().amax()
+    return Exponents(*map(largest_exponents, (norm_bound(norm_q), norm_bound(norm_k), most)))
 
 
 def quantize(
     x: Tensor,  # (B, H, L, D)
-    exponent: Tensor,  # (B, H)
+    exponent: Tensor,
 ) -> Tensor:
     """e4m3(x * 2^exponent), half to even."""
-    return torch.ldexp(x.float(), exponent[..., None, None]).to(torch.float8_e4m3fn)
+    return torch.ldexp(x.float(), exponent).to(torch.float8_e4m3fn)
 
 
 def attend(
@@ -82,7 +83,7 @@ def attend(
     rounds them relative to the largest so far, so single bytes may differ.
     """
     scores = q.to(dtype) @ k.to(dtype).transpose(2, 3)
-    scores = torch.ldexp(scores, -(scales.q + scales.k)[..., None, None]) * q.shape[-1] ** -0.5
+    scores = torch.ldexp(scores, -(scales.q + scales.k)) * q.shape[-1] ** -0.5
     p = torch.exp(scores - scores.amax(-1, keepdim=True))
     rounded = (p * P_SCALE).to(torch.float8_e4m3fn).to(dtype)
     out = rounded @ v.to(dtype) / (P_SCALE * p.sum(-1, keepdim=True))
@@ -91,20 +92,22 @@ def attend(
 
 def dequantize(
     o: Tensor,  # (B, L, H, D) e4m3
-    exponent: Tensor,  # (B, H)
+    exponent: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """(B, L, H * D) of `dtype`: exact in bfloat16, whose exponents reach further."""
-    return torch.ldexp(o.float(), -exponent[:, None, :, None]).to(dtype).flatten(2)
+    return torch.ldexp(o.float(), -exponent).to(dtype).flatten(2)
 
 
 def reference(
     q: Tensor,  # (B, H, L, D)
     k: Tensor,  # (B, H, L, D)
     v: Tensor,  # (B, H, L, D)
+    norm_q: Sequence[Tensor],  # (D,) each
+    norm_k: Sequence[Tensor],
     dtype: torch.dtype = torch.float32,  # of sums and softmax
 ) -> Tensor:
     """The specification: (B, L, H * D) of q's dtype."""
-    scales = exponents(q, k, v)
-    rounded = quantize(q, scales.q), quantize(smooth(k), scales.k), quantize(v, scales.v)
+    scales = exponents(v, norm_q, norm_k)
+    rounded = quantize(q, scales.q), quantize(k, scales.k), quantize(v, scales.v)
     return dequantize(attend(*rounded, scales, dtype), scales.v, q.dtype)

@@ -59,7 +59,10 @@ def parse_attention(name: str) -> str:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """One of `ATTENTIONS`. `load` imports and returns its kernel; None stands for that of the layers' backend."""
+    """One of `ATTENTIONS`. `load` imports and returns its kernel; None stands for that of the layers' backend.
+
+    A chosen kernel takes q, k, v, the mask, and the weights of q's and of k's norms (see ops/attention_fp8.py).
+    """
 
     name: str
     reason_against: Callable[[torch.device], str | None]

@@ -1,7 +1,9 @@
 """cuDNN's FP8 attention (`sdpa_fp8` of nvidia-cudnn-frontend 1.32): a plan for each shape, built once.
 
 On Hopper it reads and writes e4m3 alone: a result in 16 bits is refused there. It takes one factor for each tensor.
-Shapes that cuDNN has no plan for raise UnsupportedError, and are remembered.
+Shapes that cuDNN has no plan for raise UnsupportedError with all that it says, and are remembered. A plan is a kernel that
+cuDNN compiles through NVRTC: an unsuitable libnvrtc or driver fails here, too. `benchmarks/attention_fp8.py --diagnose`
+tells these apart.
 
 A plan is run on torch's current stream with memory of torch's allocator, so it can be recorded in a CUDA graph, once it
 has been built by a call outside of one: building waits for a compiler. Plans that a CUDA graph holds are never dropped,
@@ -39,9 +41,10 @@ class Plan:
             handle=handle,
         )
 
+        strides = (length * heads * size, size, heads * size, 1)
+
         def operand(name: str) -> Any:
-            strides = (heads * length * size, length * size, size, 1)
-            return graph.tensor(dim=tuple(shape), stride=strides, name=name)
+            return graph.tensor(dim=tuple(shape), stride=strides, data_type=cudnn.data_type.FP8_E4M3, name=name)
 
         def scalar(name: str) -> Any:
             one = (1, 1, 1, 1)
@@ -49,7 +52,6 @@ class Plan:
 
         inputs = [*map(operand, "qkv"), *map(scalar, SCALARS[:6])]
         out, _, *amax = graph.sdpa_fp8(*inputs, generate_stats=False, attn_scale=size**-0.5)
-        strides = (length * heads * size, size, heads * size, 1)
         out.set_output(True).set_dim(tuple(shape)).set_stride(strides).set_data_type(cudnn.data_type.FP8_E4M3)
         for tensor in amax:  # written whether wanted or not
             tensor.set_output(True).set_dim((1, 1, 1, 1)).set_stride((1, 1, 1, 1))
@@ -103,8 +105,8 @@ def _plan(key: _Key, handle: Any, recording: bool) -> Plan:
             raise RuntimeError(f"attention of shape {tuple(key[0])} must run once before it is recorded")
         try:
             plan = Plan(key[0], handle)
-        except cudnn.cudnnGraphNotSupportedError as error:
-            plan = str(error).splitlines()[0] or type(error).__name__
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+            plan = f"{type(error).__name__}: {error}"
     if len(_plans) >= LIMIT:
         for other in [k for k, p in _plans.items() if isinstance(p, str) or not p.recorded][:1]:
             del _plans[other]

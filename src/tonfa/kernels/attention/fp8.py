@@ -1,9 +1,10 @@
-"""FP8 attention: quantize (two passes), cuDNN, dequantize. What it cannot take is computed in 16 bits, with the reason
+"""FP8 attention: quantize, cuDNN, dequantize. What it cannot take is computed in 16 bits, with the reason
 logged once."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,19 +46,19 @@ def _reason_against(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str
 
 
 @torch.library.custom_op("tonfa::attention_fp8", mutates_args=())
-def _compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _attention(q, k, v)
+def _compiled(q: Tensor, k: Tensor, v: Tensor, norm_q: Sequence[Tensor], norm_k: Sequence[Tensor]) -> Tensor:
+    return _attention(q, k, v, norm_q, norm_k)
 
 
 @_compiled.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, norm_q: Sequence[Tensor], norm_k: Sequence[Tensor]) -> Tensor:
     batch, heads, length, size = q.shape
     return q.new_empty((batch, length, heads * size))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, norm_q: Sequence[Tensor], norm_k: Sequence[Tensor]) -> Tensor:
     with torch.cuda.device(q.device):
-        x = quantize(q, k, v)
+        x = quantize(q, k, v, norm_q, norm_k)
         try:
             out = cudnn_fp8.attend(x)
         except UnsupportedError as error:
@@ -67,16 +68,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor,  # (B, H, L, D) bf16 or fp16
-    k: Tensor,  # (B, H, L, D)
+    q: Tensor,  # (B, H, L, D) bf16 or fp16, RMS-normed and rotated
+    k: Tensor,  # (B, H, L, D), likewise
     v: Tensor,  # (B, H, L, D)
-    mask: Tensor | None = None,  # broadcast to (B, H, L, L): bool (True attends) or added to the scores
+    mask: Tensor | None,  # broadcast to (B, H, L, L): bool (True attends) or added to the scores
+    norm_q: Sequence[Tensor],  # one or two of (D,): the weights of the norms of parts of the tokens
+    norm_k: Sequence[Tensor],
 ) -> Tensor:
     """(B, L, H * D) of q's dtype: ops/attention_fp8.py, or 16-bit attention where cuDNN or this kernel refuses."""
     reason = _reason_against(q, k, v, mask)
     if torch.compiler.is_compiling():
-        return sdpa.attention(q, k, v, mask) if reason else _compiled(q, k, v)
+        return sdpa.attention(q, k, v, mask) if reason else _compiled(q, k, v, norm_q, norm_k)
     if reason:
         _say(reason)
         return sdpa.attention(q, k, v, mask)
-    return _attention(q, k, v)
+    return _attention(q, k, v, norm_q, norm_k)
