@@ -6,8 +6,8 @@
 
 Prints the errors of 16-bit attention, of the FP8 kernels and of their specification, each against float32; the
 microseconds of each kernel, called one by one and in one CUDA graph; how far FP8 attention moves the demo model's
-velocities, beside its 4-bit weights and other choices of scales, and how far its pictures. Ends with a nonzero status if
-the kernels are wrong.
+velocities, beside its 4-bit weights and other choices of scales, and how far its pictures. Ends with a nonzero status
+if the kernels are wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attention_fp8_plans import diagnose, with_log
 from tonfa.dispatch import bind_attention
 from tonfa.kernels.attention import sdpa
 from tonfa.layers.attention import Attention
@@ -43,26 +45,50 @@ RUNS = 60
 Function = Callable[..., Any]
 
 
-def inputs(kind: str, shape: tuple[int, ...], device: torch.device, seed: int = 0) -> list[Tensor]:
-    """q, k, v bf16. "outliers": large channels of k and v; "common": a vector in all keys, of 20 times their size."""
+@dataclass(frozen=True)
+class Problem:
+    """What attention is given."""
+
+    q: Tensor  # (B, H, L, D) bf16, RMS-normed, as k
+    k: Tensor
+    v: Tensor
+    norm_q: list[Tensor]  # (D,) each
+    norm_k: list[Tensor]
+
+    @property
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        return *self.heads, None, self.norm_q, self.norm_k
+
+    def exact(self) -> Tensor:
+        return attention.reference(*(x.float() for x in self.heads))
+
+    def specified(self) -> Tensor:
+        return attention_fp8.reference(*self.heads, self.norm_q, self.norm_k)
+
+
+def problem(kind: str, shape: tuple[int, ...], device: torch.device, seed: int = 0) -> Problem:
+    """ "outliers": large channels of k and v; "common": a vector in all keys, as large as what they differ in."""
     generator = torch.Generator(device).manual_seed(seed)
-    q, k, v = (torch.randn(shape, generator=generator, device=device) for _ in range(3))
+    q, k, v = (torch.randn(shape, generator=generator, device=device).mul_(0.8) for _ in range(3))
+    norm = torch.linspace(0.5, 1.5, shape[3], device=device)
+    norms = [norm, norm.clone()]
     if kind == "outliers":
-        k[..., :2] *= 8
+        norms[1][:2] *= 8
         v[..., :3] *= 50
     if kind == "common":
-        k += 20 * torch.randn(*shape[:2], 1, shape[3], generator=generator, device=device)
-    return [q.bfloat16(), k.bfloat16(), v.bfloat16()]
+        k += torch.randn(*shape[:2], 1, shape[3], generator=generator, device=device)
+    for x, w in zip((q, k), norms, strict=True):
+        x *= torch.rsqrt(x.square().mean(-1, keepdim=True)) * w
+    in_memory = [x.transpose(1, 2).contiguous().transpose(1, 2).bfloat16() for x in (q, k, v)]
+    return Problem(*in_memory, [norms[0]], [norms[1]])
 
 
 def error(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact.float()).norm() / exact.float().norm())
-
-
-def without_smoothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scales = attention_fp8.exponents(q, k, v)
-    rounded = [attention_fp8.quantize(x, e) for x, e in ((q, scales.q), (k, scales.k), (v, scales.v))]
-    return attention_fp8.dequantize(attention_fp8.attend(*rounded, scales), scales.v, q.dtype)
 
 
 def versions(device: torch.device) -> None:
@@ -86,7 +112,8 @@ def plans(device: torch.device) -> bool:
     for shape in SHAPES:
         started = time.perf_counter()
         try:
-            cudnn_fp8.attend(quantize(*inputs("gaussian", shape, device)))
+            given = problem("gaussian", shape, device)
+            cudnn_fp8.attend(quantize(*given.heads, given.norm_q, given.norm_k))
             torch.cuda.synchronize()
             plan = cudnn_fp8._plans[torch.Size(shape), device]
             engines = [config.engine_id for config in plan._graph.plans]
@@ -101,19 +128,16 @@ def plans(device: torch.device) -> bool:
 def errors(device: torch.device, kernel: Function | None, shapes: tuple[tuple[int, ...], ...]) -> bool:
     """Relative errors against float32; whether the kernels keep to their specification."""
     good = True
-    print(f"\n{'relative error':34s} {'16-bit':>8s} {'fp8':>8s} {'spec':>8s} {'fp8-spec':>8s} {'rough':>8s}")
+    print(f"\n{'relative error':34s} {'16-bit':>8s} {'fp8':>8s} {'spec':>8s} {'fp8-spec':>8s}")
     for shape in shapes:
         for kind in KINDS:
-            q, k, v = inputs(kind, shape, device)
-            exact = attention.reference(q.float(), k.float(), v.float())
-            specified = attention_fp8.reference(q, k, v)
-            found = specified if kernel is None else kernel(q, k, v)
+            given = problem(kind, shape, device)
+            exact, specified = given.exact(), given.specified()
+            found = specified if kernel is None else kernel(*given.all)
             apart = error(found, specified)
-            row = error(sdpa.attention(q, k, v), exact), error(found, exact), error(specified, exact), apart
+            row = error(sdpa.attention(*given.heads), exact), error(found, exact), error(specified, exact), apart
             good &= row[1] <= 1.2 * row[2] and apart < 0.06
-            numbers = " ".join(f"{x:8.4f}" for x in (*row, error(without_smoothing(q, k, v), exact)))
-            print(f"{kind:10s} {shape!s:23s} {numbers}")
-    print("rough: the specification without smoothing")
+            print(f"{kind:10s} {shape!s:23s} {' '.join(f'{x:8.4f}' for x in row)}")
     return good
 
 
@@ -123,13 +147,13 @@ def probability_scales(device: torch.device) -> None:
     from tonfa.kernels.attention.fp8_dequantize import dequantize
     from tonfa.kernels.attention.fp8_quantize import quantize
 
-    q, k, v = inputs("gaussian", FLUX, device)
-    exact = attention.reference(q.float(), k.float(), v.float())
+    given = problem("gaussian", FLUX, device)
+    exact = given.exact()
     results = []
     for scale in (1.0, 16.0, 64.0, 256.0, 448.0):
-        x = quantize(q, k, v)
+        x = quantize(*given.heads, given.norm_q, given.norm_k)
         x.scalars[3, 0], x.scalars[4, 0] = 1 / scale, scale
-        results.append(f"{scale:g}: {error(dequantize(cudnn_fp8.attend(x), x.descale, q.dtype), exact):.4f}")
+        results.append(f"{scale:g}: {error(dequantize(cudnn_fp8.attend(x), x.descale, given.q.dtype), exact):.4f}")
     print("error by the scale of the probabilities:", ", ".join(results))
 
 
@@ -163,22 +187,19 @@ def times(device: torch.device) -> None:
     from tonfa.kernels.attention.fp8_dequantize import dequantize
     from tonfa.kernels.attention.fp8_quantize import quantize
 
-    given = [inputs("outliers", FLUX, device, seed) for seed in range(INPUTS)]
-    rounded = [quantize(*x) for x in given]
+    given = [problem("outliers", FLUX, device, seed) for seed in range(INPUTS)]
+    rounded = [quantize(*x.heads, x.norm_q, x.norm_k) for x in given]
     results = [cudnn_fp8.attend(x) for x in rounded]
 
-    def sum_of_parts(q: Tensor, k: Tensor, v: Tensor) -> None:
-        fp8.attention(q, k, v)
-
     candidates: dict[str, list[Function]] = {
-        "torch's choice": [partial(functional.scaled_dot_product_attention, *x) for x in given],
-        "16-bit (cuDNN)": [partial(sdpa.attention, *x) for x in given],
-        "fp8: quantize": [partial(quantize, *x) for x in given],
+        "torch's choice": [partial(functional.scaled_dot_product_attention, *x.heads) for x in given],
+        "16-bit (cuDNN)": [partial(sdpa.attention, *x.heads) for x in given],
+        "fp8: quantize": [partial(quantize, *x.heads, x.norm_q, x.norm_k) for x in given],
         "fp8: attend": [partial(cudnn_fp8.attend, x) for x in rounded],
         "fp8: dequantize": [
             partial(dequantize, o, x.descale, torch.bfloat16) for o, x in zip(results, rounded, strict=True)
         ],
-        "fp8: all": [partial(sum_of_parts, *x) for x in given],
+        "fp8: all": [partial(fp8.attention, *x.all) for x in given],
     }
     flops = 4 * FLUX[0] * FLUX[1] * FLUX[2] ** 2 * FLUX[3]
     print(f"\n{FLUX}: median (least) us; a step of FLUX has 57 of them")
@@ -189,7 +210,7 @@ def times(device: torch.device) -> None:
         print(f"  {name:16s} {median:7.1f} ({least:7.1f}), in a CUDA graph {replayed:7.1f}{rate}")
     started = time.perf_counter()
     for x in given * 20:
-        fp8.attention(*x)
+        fp8.attention(*x.all)
     host = (time.perf_counter() - started) / (20 * INPUTS)
     print(f"  host time of a call of all: at most {host * 1e6:.0f} us")
     torch.cuda.synchronize()
@@ -197,18 +218,69 @@ def times(device: torch.device) -> None:
 
 @contextmanager
 def attending_by(function: Function) -> Iterator[None]:
-    """Every block attends by `function`."""
+    """Every block attends by `function` of q, k, v and the weights of their norms."""
 
-    def call(self: Attention, layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        result: Tensor = function(q, k, v)
+    def call(
+        self: Attention, layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, norm_q: Any, norm_k: Any
+    ) -> Tensor:
+        result: Tensor = function(q, k, v, norm_q, norm_k)
         return result
 
     with mock.patch.object(Attention, "__call__", call):
         yield
 
 
+def exactly(q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any) -> Tensor:
+    return sdpa.attention(q, k, v)
+
+
+def by_maxima(q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any) -> Tensor:
+    """The specification with the maxima of each head for scales."""
+    scales = attention_fp8.Exponents(
+        *(attention_fp8.largest_exponents(x.abs().amax((2, 3), keepdim=True)) for x in (q, k, v))
+    )
+    rounded = [attention_fp8.quantize(x, e) for x, e in zip((q, k, v), (scales.q, scales.k, scales.v), strict=True)]
+    return attention_fp8.dequantize(attention_fp8.attend(*rounded, scales), scales.v.transpose(1, 2), q.dtype)
+
+
+def smoothed(q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any) -> Tensor:
+    """The same with k less its mean over the tokens, which softmax does not see."""
+    return by_maxima(q, k.float() - k.float().mean(2, keepdim=True), v, norm_q, norm_k)
+
+
+WAYS: dict[str, Function] = {
+    "fp8": attention_fp8.reference,
+    "fp8, maxima of each head": by_maxima,
+    "the same, k less its mean": smoothed,
+}
+
+
+def velocities(dense: Any, model: Any, draw: Callable[[], Any]) -> None:
+    """How far each way moves what the model predicts, on the steps of one picture drawn with 16-bit attention."""
+    moved: dict[str, list[float]] = {"4-bit weights": [], **{name: [] for name in WAYS}}
+
+    def predict(*arguments: Any, **options: Any) -> Any:
+        with attending_by(exactly):
+            result = forward(*arguments, **options)
+        exact = dense(*arguments, **options)[0]
+        moved["4-bit weights"].append(error(result[0], exact))
+        for name, function in WAYS.items():
+            with attending_by(function):
+                moved[name].append(error(forward(*arguments, **options)[0], result[0]))
+        return result
+
+    forward = model.forward
+    model.set_cuda_graphs(False)
+    with mock.patch.object(model, "forward", predict):
+        draw()
+    model.set_cuda_graphs(True)
+    print(f"\nrelative change of the demo model's velocity: mean (largest) of {len(moved['fp8'])} steps")
+    for name, values in moved.items():
+        print(f"  {name:28s} {statistics.mean(values):.4f} ({max(values):.4f})")
+
+
 def demo(device: torch.device, steps: int, count: int) -> None:
-    """The demo model with 4-bit weights: errors block by block, and how far its pictures move."""
+    """The demo model with 4-bit weights: how far FP8 attention moves its velocities and its pictures."""
     sys.path.insert(0, str(ROOT / "demo"))
     from diffusers import FluxControlPipeline
 
@@ -220,30 +292,11 @@ def demo(device: torch.device, steps: int, count: int) -> None:
     pipe = FluxControlPipeline.from_pretrained(ROOT / "demo" / "model", dtype=torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
     problems = read_problems(ROOT / "demo" / "inputs")[:count]
-    dense = [picture(pipe, p, steps) for p in problems]
-    model = SVDQFluxTransformer2DModel.from_dense(pipe.transformer)
+    exact = [picture(pipe, p, steps) for p in problems]
+    dense = pipe.transformer
+    model = SVDQFluxTransformer2DModel.from_dense(dense)
     pipe.transformer = model
-    blocks = len(model.transformer_blocks) + len(model.single_transformer_blocks)
-
-    seen: list[tuple[float, float, float, float]] = []
-
-    def measured(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        exact = attention.reference(q.float(), k.float(), v.float())
-        result = sdpa.attention(q, k, v)
-        common = float(k.float().mean(2).norm() / k.float().std(2).norm())
-        specified = attention_fp8.reference(q, k, v)
-        seen.append((error(result, exact), error(specified, exact), error(without_smoothing(q, k, v), exact), common))
-        return result
-
-    model.set_cuda_graphs(False)
-    with attending_by(measured):
-        picture(pipe, problems[0], 4)
-    model.set_cuda_graphs(True)
-    print(f"\ndemo model, {blocks} blocks, 4 steps: median (largest) over blocks and steps")
-    for name, column in zip(
-        ("16-bit", "fp8", "fp8 unsmoothed", "|mean k| / spread"), zip(*seen, strict=True), strict=True
-    ):
-        print(f"  {name:18s} {statistics.median(column):.4f} ({max(column):.4f})")
+    velocities(dense, model, lambda: picture(pipe, problems[0], 6))
 
     drawn = [picture(pipe, p, steps) for p in problems]
     if device.type == "cuda":
@@ -255,8 +308,8 @@ def demo(device: torch.device, steps: int, count: int) -> None:
     print(f"PSNR in dB of {count} pictures after {steps} steps, 4-bit weights unless said otherwise:")
     for name, left, right in (
         ("fp8 attention against 16-bit", moved, drawn),
-        ("16-bit attention against 16-bit weights", drawn, dense),
-        ("fp8 attention against 16-bit weights", moved, dense),
+        ("16-bit attention against 16-bit weights", drawn, exact),
+        ("fp8 attention against 16-bit weights", moved, exact),
     ):
         print(f"  {name:40s}", " ".join(f"{psnr(a, b):6.2f}" for a, b in zip(left, right, strict=True)))
 
@@ -267,8 +320,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of the demo's pictures")
     parser.add_argument("--pictures", type=int, default=4, help="of the demo")
     parser.add_argument("--no-demo", action="store_true")
+    parser.add_argument("--diagnose", action="store_true", help="build graphs alone, and give cuDNN's reasons")
     arguments = parser.parse_args()
     device: torch.device = arguments.device
+    if arguments.diagnose:
+        log = with_log()
+        versions(device)
+        if not diagnose(log):
+            raise SystemExit("cuDNN does not build the graph that tonfa runs: see above")
+        return
     good = True
     with torch.inference_mode():
         versions(device)

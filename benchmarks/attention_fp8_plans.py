@@ -1,8 +1,8 @@
 """Which graphs of FP8 attention cuDNN builds on this machine, and what it says of those that it does not.
 
-Every variant differs from the one that tonfa runs in one thing, and is built by a graph of its own; a 16-bit graph shows
-whether cuDNN can build anything through its frontend. After a failure come the frontend's whole message and what cuDNN
-itself logged meanwhile.
+Every variant differs from the one that tonfa runs in one thing, and is built by a graph of its own; a 16-bit graph
+shows whether cuDNN can build anything through its frontend. After a failure come the frontend's whole message and what
+cuDNN itself logged meanwhile.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def _graph(variant: Variant, handle: Any) -> tuple[Any, list[Any], list[Any]]:
     if variant.by_properties:
         place = {"device_property": cudnn.create_device_properties(torch.cuda.current_device())}
     io = types.FP8_E4M3 if variant.eight_bit else types.BFLOAT16
-    graph = cudnn.pygraph(
-        io_data_type=io, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT, **place
-    )
+    graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT, **place)
     one, shape = (1, 1, 1, 1), variant.shape
     strides = _strides(shape, variant.operands)
     inputs = [graph.tensor(dim=shape, stride=strides, data_type=io, name=name) for name in "qkv"]
@@ -116,6 +114,7 @@ def _graph(variant: Variant, handle: Any) -> tuple[Any, list[Any], list[Any]]:
 
 def _microseconds(variant: Variant, graph: Any, inputs: list[Any], outputs: list[Any], handle: Any) -> float:
     data_type = torch.float8_e4m3fn if variant.eight_bit else torch.bfloat16
+
     # An input or output is an operand, statistics of the rows, or one number.
     def buffer(tensor: Any) -> torch.Tensor:
         dims = tuple(tensor.get_dim())
@@ -138,7 +137,7 @@ def _microseconds(variant: Variant, graph: Any, inputs: list[Any], outputs: list
 
 
 def _try(variant: Variant, handle: Any) -> str:
-    """What became of it. Every plan of the list is tried if the first ones fail."""
+    """What became of it: its time, or the step that failed and all that was said."""
     import cudnn
 
     graph, inputs, outputs = _graph(variant, handle)
@@ -159,7 +158,9 @@ def _try(variant: Variant, handle: Any) -> str:
     time_us = _microseconds(variant, graph, inputs, outputs, handle)
     name = graph.get_plan_name_at_index(0)
     count = graph.get_execution_plan_count()
-    return f"OK {time_us:.0f} us, the first of {count} plans is {name}, {graph.get_workspace_size()} bytes, {took:.1f} s"
+    return (
+        f"OK {time_us:.0f} us, the first of {count} plans is {name}, {graph.get_workspace_size()} bytes, {took:.1f} s"
+    )
 
 
 def diagnose(log: Path) -> bool:

@@ -1,9 +1,9 @@
 """cuDNN's FP8 attention (`sdpa_fp8` of nvidia-cudnn-frontend 1.32): a plan for each shape, built once.
 
 On Hopper it reads and writes e4m3 alone: a result in 16 bits is refused there. It takes one factor for each tensor.
-Shapes that cuDNN has no plan for raise UnsupportedError with all that it says, and are remembered. A plan is a kernel that
-cuDNN compiles through NVRTC: an unsuitable libnvrtc or driver fails here, too. `benchmarks/attention_fp8.py --diagnose`
-tells these apart.
+Shapes that cuDNN has no plan for raise UnsupportedError with all that it says, and are remembered. A plan is a kernel
+that cuDNN compiles through NVRTC, so an unsuitable libnvrtc or driver fails here, too, with "no plan in the list could
+be built"; `benchmarks/attention_fp8.py --diagnose` tells these apart.
 
 A plan is run on torch's current stream with memory of torch's allocator, so it can be recorded in a CUDA graph, once it
 has been built by a call outside of one: building waits for a compiler. Plans that a CUDA graph holds are never dropped,

@@ -1,9 +1,8 @@
 """q, k and v to e4m3 for attention_fp8 (see ops/attention_fp8.py): two kernels, bound by memory.
 
 The first finds the largest |v| of each of PARTS pieces. The second rounds everything; every program looks at the PARTS
-maxima and the few norm weights again, so no scale is a kernel of its own. At (1, 24, 4608, 128) they read 28 MB, then 85
-MB, of which v's third is still in the L2 cache, and write 42: 35 us at the 4.3 TB/s of an H200. A product that writes q
-and k in e4m3 itself leaves the third of it that is v's.
+maxima and the few norm weights again, so no scale is a kernel of its own. At (1, 24, 4608, 128) they read 28 MB, then
+85 MB, of which v's third is still in the L2 cache, and write 42: at the 4.3 TB/s of an H200 this takes 30 to 37 us.
 
 Heads and tokens lie in memory as (B, L, H, D), as projections write them and as cuDNN's own examples are laid out.
 Nothing is added atomically: results do not depend on the order of the programs. Every exponent is an integer taken from
@@ -158,4 +157,5 @@ def quantize(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         H=heads, D=size, ROOT=size**0.5, BLOCK_D=block_d, PARTS=PARTS, ROWS=ROUNDED_ROWS, num_warps=4,
     )  # fmt: skip
-    return QuantizedHeads(*rounded.transpose(2, 3).unbind(), scalars, descale)
+    q8, k8, v8 = rounded.transpose(2, 3).unbind()
+    return QuantizedHeads(q8, k8, v8, scalars, descale)
