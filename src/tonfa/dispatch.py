@@ -16,13 +16,14 @@ from torch import Tensor
 
 from tonfa.errors import UnsupportedError
 from tonfa.kernels import dense, reference
+from tonfa.kernels.attention.choices import CHOICES
 from tonfa.kernels.cpu import backend as cpu
 from tonfa.kernels.cuda import backend as cuda
 from tonfa.kernels.hopper import backend as hopper
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused, w4a16
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
-from tonfa.ops.table import OPS, Backend
+from tonfa.ops.table import OPS, Backend, parse_attention
 
 BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, hopper.BACKEND, triton.BACKEND, reference.BACKEND)
 """In order of preference."""
@@ -123,8 +124,21 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
     raise UnsupportedError(f"nothing computes activations={activations!r} on {device}: " + "; ".join(reasons))
 
 
+def bind_attention(device: torch.device, attention: str) -> Callable[..., Tensor] | None:
+    """The kernel of this choice; None if it is that of the layers' backend.
+
+    Raises UnsupportedError with the reason where it cannot run on `device`.
+    """
+    name = parse_attention(attention)
+    (choice,) = (c for c in CHOICES if c.name == name)
+    reason = choice.reason_against(device)
+    if reason is not None:
+        raise UnsupportedError(f"attention={name!r} does not run on {device}: {reason}")
+    return None if choice.load is None else choice.load()
+
+
 def report(device: torch.device, activations: str) -> list[Availability]:
-    """Every op and backend: whether it runs on `device` with this policy."""
+    """Every op and backend, and every choice of attention: whether it runs on `device` with this policy."""
     policy = parse_activations(activations)
     rows = []
     for backend in BACKENDS:
@@ -133,4 +147,8 @@ def report(device: torch.device, activations: str) -> list[Availability]:
         for op in OPS:
             note = reason or ("kernel" if op in present else "composed of other ops")
             rows.append(Availability(op, backend.name, reason is None, note))
+    for choice in CHOICES:
+        if choice.load is not None:
+            reason = choice.reason_against(device)
+            rows.append(Availability("attention", choice.name, reason is None, reason or "kernel"))
     return rows

@@ -25,6 +25,7 @@ class Placement:
     dtype: torch.dtype
     activations: str | None
     offload: bool
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,11 @@ def load_transformer(checkpoint: str, placement: Placement, subfolder: str | Non
     from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 
     return SVDQFluxTransformer2DModel.from_pretrained(
-        checkpoint, subfolder=subfolder, torch_dtype=placement.dtype, activations=placement.activations
+        checkpoint,
+        subfolder=subfolder,
+        torch_dtype=placement.dtype,
+        activations=placement.activations,
+        attention=placement.attention,
     )
 
 
@@ -168,6 +173,8 @@ def load(model: str, transformer: str | None, control: bool, placement: Placemen
     prompts_may_be_cut()
     if not components and placement.activations is not None:
         pipe.transformer.set_activations(placement.activations)
+    if not components and placement.attention != "sdpa":
+        pipe.transformer.set_attention(placement.attention)
     pipe.set_progress_bar_config(disable=True)
     if placement.offload:
         pipe.enable_model_cpu_offload(device=placement.device)
@@ -184,7 +191,8 @@ def describe_transformer(transformer: Any, placement: Placement) -> str:
     activations = placement.activations or default_activations(placement.device)
     backend = bind(placement.device, activations).backend
     rank = transformer.config.quantization_config["rank"]
-    return f"4-bit weights and a rank-{rank} branch, {activations} activations, {backend} backend"
+    weights = f"4-bit weights and a rank-{rank} branch"
+    return f"{weights}, {activations} activations, {placement.attention} attention, {backend} backend"
 
 
 def draw(pipe: Any, settings: Settings, seeds: list[int], batch_size: int, clock: StepClock) -> Iterator[Image]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from tonfa.errors import UnsupportedError
 from tonfa.ops.activation import Activations
 
 OPS: dict[str, str] = {
@@ -41,3 +43,30 @@ class Backend:
     table: Callable[[Activations], Mapping[str, Callable[..., Any]]]
     reason_to_wait: Callable[[torch.device], str | None] = lambda device: None
     """Why it is taken on this device only if it is asked for by name, although it can run; None if it need not be."""
+
+
+ATTENTIONS: dict[str, str] = {
+    "sdpa": "in 16 bits, by the backend of the layers",
+    "fp8": "in FP8 on GPUs that compute it natively",
+}
+"""The ways to compute attention that a user may choose, the default first."""
+
+
+def parse_attention(name: str) -> str:
+    """The name itself; raises UnsupportedError if there is no such attention."""
+    if name in ATTENTIONS:
+        return name
+    raise UnsupportedError(f"attention={name!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """One of `ATTENTIONS`. `load` imports and returns its kernel; None stands for that of the layers' backend.
+
+    A chosen kernel takes q, k, v, the mask, and the weights of q's and of k's norms (see ops/attention_fp8.py).
+    """
+
+    name: str
+    reason_against: Callable[[torch.device], str | None]
+    """None if it can run on this device, otherwise why not and what would help."""
+    load: Callable[[], Callable[..., Tensor]] | None

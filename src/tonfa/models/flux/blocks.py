@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from tonfa.layers.bound import BoundModule
+from tonfa.layers.attention import Attention
 from tonfa.layers.fused import FusedLinear, QuantizedInput, SharedInput
 from tonfa.layers.modulation import Modulation
 from tonfa.layers.offload import offloadable
@@ -53,11 +53,13 @@ class SingleAttention(nn.Module):
         self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(self, x: QuantizedInput, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """(B, L, H * D): the input of `to_out`."""
-        q, k, v = self.to_qkv.product_norm_rope(x, self.norm_q.weight, self.norm_k.weight, rotary)
-        return attend(self.to_qkv, q, k, v, mask)
+        norm_q, norm_k = self.norm_q.weight, self.norm_k.weight
+        q, k, v = self.to_qkv.product_norm_rope(x, norm_q, norm_k, rotary)
+        return self.attention(self.to_qkv, q, k, v, mask, (norm_q,), (norm_k,))
 
 
 class JointAttention(nn.Module):
@@ -73,6 +75,7 @@ class JointAttention(nn.Module):
         self.norm_added_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
         self.to_add_out = layers.linear(f"{name}.to_add_out", hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(
         self,
@@ -88,18 +91,13 @@ class JointAttention(nn.Module):
         length, heads = text_length + img_rotary[0].shape[0], self.to_qkv.out_features // (3 * head_dim)
         # In memory (B, L, H, D), as attention kernels return their output.
         qkv = txt_rotary[0].new_empty((3, stream.shape[0], length, heads, head_dim), dtype=stream.dtype).transpose(2, 3)
-        norms = (self.norm_added_q.weight, self.norm_added_k.weight)
-        self.add_qkv_proj.product_norm_rope_into(txt, *norms, txt_rotary, qkv, 0)
-        norms = (self.norm_q.weight, self.norm_k.weight)
-        self.to_qkv.product_norm_rope_into(img, *norms, img_rotary, qkv, text_length)
+        norm_q = self.norm_added_q.weight, self.norm_q.weight
+        norm_k = self.norm_added_k.weight, self.norm_k.weight
+        self.add_qkv_proj.product_norm_rope_into(txt, norm_q[0], norm_k[0], txt_rotary, qkv, 0)
+        self.to_qkv.product_norm_rope_into(img, norm_q[1], norm_k[1], img_rotary, qkv, text_length)
         q, k, v = qkv.unbind(0)
-        joined = attend(self.to_qkv, q, k, v, mask)
+        joined = self.attention(self.to_qkv, q, k, v, mask, norm_q, norm_k)
         return joined[:, text_length:], joined[:, :text_length]
-
-
-def attend(layer: BoundModule, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention by the kernels of a layer: (B, H, L, D) each -> (B, L, H * D)."""
-    return layer.binding().kernels.attention(q, k, v, mask)
 
 
 class DoubleBlock(nn.Module):

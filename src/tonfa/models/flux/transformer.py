@@ -29,11 +29,12 @@ from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import SharedConditioning
-from tonfa.models.flux.blocks import DoubleBlock, SingleBlock
+from tonfa.models.flux.blocks import DoubleBlock, JointAttention, SingleAttention, SingleBlock
 from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
 from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
 from tonfa.models.flux.rotary import RotaryPositions
+from tonfa.ops.table import parse_attention
 from tonfa.quantize.planned import materialize
 from tonfa.quantize.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
@@ -125,6 +126,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         activations: str | None = None,
+        attention: str = "sdpa",
         subfolder: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -136,14 +138,15 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
 
         A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository.
         `dtype` (or `torch_dtype`) casts scales and 16-bit weights; None keeps the checkpoint's. `activations` is the
-        policy of `set_activations`. Raises CheckpointError, naming file and tensor, for anything that is missing,
-        truncated, misshapen or of another kind, and TypeError for unknown options.
+        policy of `set_activations`, `attention` the choice of `set_attention`. Raises CheckpointError, naming file and
+        tensor, for what is missing, truncated, misshapen or of another kind, and TypeError for unknown options.
         """
         for name, value in options.items():
             if name not in _RESERVED_LOADING_OPTIONS:
                 raise TypeError(f"{cls.__name__}.from_pretrained has no option {name!r}")
             if value not in _RESERVED_LOADING_OPTIONS[name]:
                 raise UnsupportedError(f"{cls.__name__}.from_pretrained does not support {name}={value!r}")
+        parse_attention(attention)
         opened = open_checkpoint(
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -156,7 +159,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         spec = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         source = opened.tensors(spec)
         tensors = native.read(source, spec, opened.where, device=device or "cpu", dtype=dtype or torch_dtype)
-        return model._filled(tensors).set_activations(activations)
+        return model._filled(tensors).set_activations(activations).set_attention(attention)
 
     @classmethod
     def from_dense(
@@ -231,6 +234,19 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
                 layer.set_activations(activations, backend)
         return self
 
+    def set_attention(self, attention: str) -> SVDQFluxTransformer2DModel:
+        """Choose how attention is computed: "sdpa" in 16 bits, "fp8" on GPUs from Hopper on. Returns the model.
+
+        FP8 attention rounds q, k, v, the probabilities and the result to three bits of mantissa; it is left out with a
+        logged reason where a mask is given. Raises UnsupportedError for an unknown name here, and in the first step
+        where the device cannot compute it; `tonfa doctor` says why.
+        """
+        for module in self.modules():
+            if isinstance(module, JointAttention | SingleAttention):
+                module.attention.choose(attention)
+        self._graphs.clear()
+        return self
+
     def set_cuda_graphs(self, enabled: bool) -> SVDQFluxTransformer2DModel:
         """Whether repeated steps of one shape run as CUDA graphs (the default on a GPU). Returns the model.
 
@@ -241,8 +257,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         return self
 
     def set_attention_backend(self, backend: str, *_: Any, **__: Any) -> None:
-        """Not offered: the attention belongs to the kernels chosen for the device."""
-        raise UnsupportedError(f"attention backend {backend!r}: the attention is chosen with the kernels of the device")
+        """Not offered: Diffusers' backends are not used."""
+        raise UnsupportedError(f"attention backend {backend!r}: the attention is chosen by set_attention")
 
     def load_lora_adapter(self, *_: Any, **__: Any) -> None:
         """Not offered yet."""
