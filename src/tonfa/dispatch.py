@@ -6,7 +6,7 @@ of its `quantize` and `product`. `report` lists what can run on a device and why
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from tonfa.errors import UnsupportedError
 from tonfa.kernels import dense, reference
-from tonfa.kernels.attention.choices import CHOICES
+from tonfa.kernels.attention.choices import CHOICES, automatic
 from tonfa.kernels.cpu import backend as cpu
 from tonfa.kernels.cuda import backend as cuda
 from tonfa.kernels.hopper import backend as hopper
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused, w4a16
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
-from tonfa.ops.table import OPS, Backend, parse_attention
+from tonfa.ops.attention_fp8 import QuantizedHeads
+from tonfa.ops.fused import Projection
+from tonfa.ops.table import AUTO, OPS, AttentionKernels, Backend, parse_attention
 
 BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, hopper.BACKEND, triton.BACKEND, reference.BACKEND)
 """In order of preference."""
@@ -40,6 +42,7 @@ class Kernels:
     pack_w4a16: Callable[..., Any]
     pack_w4a16_group: Callable[..., Any]
     quantize: Callable[..., QuantizedActivation]
+    quantize_fp8: Callable[..., QuantizedActivation]
     product: Callable[..., Tensor]
     product_gelu_quantize: Callable[..., QuantizedActivation]
     product_norm_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -50,6 +53,9 @@ class Kernels:
     attention: Callable[..., Tensor]
     product_norm_rope_into: Callable[..., None] | None = None
     """product_norm_rope that writes to a part of a larger (3, B, H, L, D); None if the backend has no such kernel."""
+    product_norm_rope_fp8: Callable[[Sequence[Projection]], QuantizedHeads | None] | None = None
+    """product_norm_rope of all tokens that attend to each other, rounded for FP8 attention; the result is None where
+    the kernel does not take the inputs."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,14 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
     raise UnsupportedError(f"nothing computes activations={activations!r} on {device}: " + "; ".join(reasons))
 
 
-def bind_attention(device: torch.device, attention: str) -> Callable[..., Tensor] | None:
-    """The kernel of this choice; None if it is that of the layers' backend.
+def bind_attention(device: torch.device, attention: str) -> AttentionKernels | None:
+    """The kernels of this choice; None if they are those of the layers' backend.
 
     Raises UnsupportedError with the reason where it cannot run on `device`.
     """
     name = parse_attention(attention)
+    if name == AUTO:
+        name = automatic(device)
     (choice,) = (c for c in CHOICES if c.name == name)
     reason = choice.reason_against(device)
     if reason is not None:

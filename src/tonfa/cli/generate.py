@@ -63,7 +63,7 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "bfloat16",
     activations: ActivationsOption = None,
-    attention: AttentionOption = "sdpa",
+    attention: AttentionOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File, or folder for image.png.")] = Path("out.png"),
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part that is running.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the paths of the pictures alone.")] = False,
@@ -101,7 +101,7 @@ def generate(
         raise typer.BadParameter(
             "the transformer is not quantized; name a 4-bit --transformer", param_hint="--activations"
         )
-    if attention != "sdpa" and not facts.is_quantized:
+    if attention is not None and not facts.is_quantized:
         raise typer.BadParameter(
             "the transformer is not quantized; name a 4-bit --transformer", param_hint="--attention"
         )
@@ -142,7 +142,7 @@ def generate(
     console.print(f"{num_images} picture{'s' * (num_images > 1)} in {total}, {duration(clock.median)} a step")
 
 
-def _placement(device: str, dtype: Dtype, activations: str | None, attention: str, offload: bool) -> Placement:
+def _placement(device: str, dtype: Dtype, activations: str | None, attention: str | None, offload: bool) -> Placement:
     from tonfa.cli.pipeline import Placement
     from tonfa.dispatch import bind, bind_attention
 
@@ -151,7 +151,8 @@ def _placement(device: str, dtype: Dtype, activations: str | None, attention: st
         raise typer.BadParameter(f"there is nothing to offload to from {place}; it needs a GPU", param_hint="--offload")
     if activations is not None:
         bind(place, activations)  # says what is missing before anything is loaded
-    bind_attention(place, attention)
+    if attention is not None:
+        bind_attention(place, attention)
     return Placement(place, parse_dtype(dtype), activations, offload, attention)
 
 

@@ -22,8 +22,12 @@ ActivationsOption = Annotated[
     typer.Option("--activations", help="How inputs of 4-bit layers are quantized.", show_default="the device's"),
 ]
 AttentionOption = Annotated[
-    Literal["sdpa", "fp8"],
-    typer.Option("--attention", help="In 16 bits (sdpa), or in FP8 on a Hopper GPU or newer."),
+    Literal["sdpa", "fp8", "auto"] | None,
+    typer.Option(
+        "--attention",
+        help="In 16 bits (sdpa), in FP8 on a Hopper GPU or newer, or what is faster (auto).",
+        show_default="the library's",
+    ),
 ]
 
 

@@ -25,7 +25,8 @@ class Placement:
     dtype: torch.dtype
     activations: str | None
     offload: bool
-    attention: str = "sdpa"
+    attention: str | None = None
+    """None takes the default."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,14 @@ def prompts_may_be_cut() -> None:
 def load_transformer(checkpoint: str, placement: Placement, subfolder: str | None = None) -> Any:
     """The 4-bit transformer, still on the CPU where the pipeline will offload."""
     from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
+    from tonfa.ops.table import DEFAULT_ATTENTION
 
     return SVDQFluxTransformer2DModel.from_pretrained(
         checkpoint,
         subfolder=subfolder,
         torch_dtype=placement.dtype,
         activations=placement.activations,
-        attention=placement.attention,
+        attention=placement.attention or DEFAULT_ATTENTION,
     )
 
 
@@ -173,7 +175,7 @@ def load(model: str, transformer: str | None, control: bool, placement: Placemen
     prompts_may_be_cut()
     if not components and placement.activations is not None:
         pipe.transformer.set_activations(placement.activations)
-    if not components and placement.attention != "sdpa":
+    if not components and placement.attention is not None:
         pipe.transformer.set_attention(placement.attention)
     pipe.set_progress_bar_config(disable=True)
     if placement.offload:
@@ -187,12 +189,14 @@ def describe_transformer(transformer: Any, placement: Placement) -> str:
     if type(transformer).__name__ != "SVDQFluxTransformer2DModel":
         return f"{str(placement.dtype).removeprefix('torch.')}, not quantized"
     from tonfa.dispatch import bind, default_activations
+    from tonfa.ops.table import DEFAULT_ATTENTION
 
+    attention = placement.attention or DEFAULT_ATTENTION
     activations = placement.activations or default_activations(placement.device)
     backend = bind(placement.device, activations).backend
     rank = transformer.config.quantization_config["rank"]
     weights = f"4-bit weights and a rank-{rank} branch"
-    return f"{weights}, {activations} activations, {placement.attention} attention, {backend} backend"
+    return f"{weights}, {activations} activations, {attention} attention, {backend} backend"
 
 
 def draw(pipe: Any, settings: Settings, seeds: list[int], batch_size: int, clock: StepClock) -> Iterator[Image]:

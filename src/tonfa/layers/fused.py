@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tonfa.layers.bound import Binding, BoundModule
-from tonfa.ops.activation import InputWeights, QuantizedActivation
+from tonfa.ops.activation import InputWeights, QuantizedActivation, ScaledFP8
 from tonfa.ops.fused import Rotary
 
 QuantizedInput = QuantizedActivation | tuple[QuantizedActivation, ...]
@@ -30,9 +30,11 @@ class FusedLinear(BoundModule):
     def input_weights(self) -> InputWeights | None:
         """What quantizing the input needs; None where it is not quantized."""
 
-    def quantize(self, x: Tensor) -> QuantizedInput:
+    def quantize(self, x: Tensor | ScaledFP8) -> QuantizedInput:
         """(..., K) -> what the products below read."""
         bound = self.binding()
+        if isinstance(x, ScaledFP8):
+            return bound.kernels.quantize_fp8(x, bound.input_weights)
         return bound.kernels.quantize(x, bound.input_weights)
 
     def norm_modulate_quantize(self, x: Tensor, scale: Tensor, shift: Tensor) -> QuantizedInput:

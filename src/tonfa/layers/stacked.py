@@ -17,7 +17,7 @@ from tonfa.layers.bound import Binding
 from tonfa.layers.fused import FusedLinear, QuantizedInput
 from tonfa.layers.linear import SVDQLinear
 from tonfa.ops import fused
-from tonfa.ops.activation import QuantizedActivation
+from tonfa.ops.activation import QuantizedActivation, ScaledFP8
 from tonfa.ops.fused import Rotary
 from tonfa.weights import StackedWeights
 
@@ -60,7 +60,7 @@ class StackedLinear(FusedLinear):
         """None: no one smoothing factor quantizes the input of all parts."""
         return
 
-    def quantize(self, x: Tensor) -> QuantizedInput:
+    def quantize(self, x: Tensor | ScaledFP8) -> QuantizedInput:
         """(..., K) -> the input of each part."""
         return tuple(cast(QuantizedActivation, part.quantize(x)) for part in self._linears)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,3 +62,20 @@ class InputWeights:
     proj_down: Tensor  # (K, R)
     unsigned: bool
     activations: Activations
+
+
+@dataclass(frozen=True)
+class ScaledFP8:
+    """A tensor in e4m3 with one factor for all of it, as FP8 attention returns it: codes * scale."""
+
+    codes: Tensor  # (..., K) e4m3
+    scale: Tensor  # (1,) float32
+    dtype: torch.dtype  # the 16-bit dtype that it stands for
+
+    def __getitem__(self, index: Any) -> ScaledFP8:
+        """A part of it."""
+        return ScaledFP8(self.codes[index], self.scale, self.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The numbers: exact in bfloat16 where the factor is a power of two."""
+        return (self.codes.float() * self.scale).to(self.dtype)

@@ -27,6 +27,21 @@ SMALLEST_BOUND, LARGEST_BOUND = 2.0**-30, 2.0**60
 """Bounds are kept between them, which keeps powers of two and their products normal numbers in float32."""
 
 
+SCALARS = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o", "amax_s", "amax_o")
+"""Rows of `QuantizedHeads.scalars`, each padded to the 16 bytes that cuDNN aligns tensors to."""
+
+
+@dataclass(frozen=True)
+class QuantizedHeads:
+    """What FP8 attention reads, and what its result is in."""
+
+    q: Tensor  # (B, H, L, D) e4m3, in memory (B, L, H, D), as k and v
+    k: Tensor
+    v: Tensor
+    scalars: Tensor  # (8, 4) float32: SCALARS in the first column
+    descale: Tensor  # (1,) float32: what v and the result are to be multiplied with
+
+
 @dataclass(frozen=True)
 class Exponents:
     """Powers of two, int32 scalars: x is rounded as x * 2^exponent."""

@@ -6,19 +6,31 @@ specification of that kernel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tonfa.ops.activation import QuantizedActivation
+from tonfa.ops.activation import QuantizedActivation, ScaledFP8
 
 LAYER_NORM_EPS = 1e-6
 RMS_NORM_EPS = 1e-6
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, each (L, D) float32 with every angle twice in a row, as Diffusers' FluxPosEmbed gives them."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The arguments of `product_norm_rope`: what makes q, k and v of some tokens."""
+
+    x: QuantizedActivation  # B * L rows
+    w: Any
+    norm_q: Tensor  # (D,)
+    norm_k: Tensor  # (D,)
+    rotary: Rotary  # (L, D) each
 
 
 class Primitives(Protocol):
@@ -83,6 +95,11 @@ def gate_residual(
     if residual.dtype == torch.float16:
         out = out.clamp_(-65504, 65504)
     return out.to(residual.dtype)
+
+
+def quantize_fp8(ops: Primitives, x: ScaledFP8, w: Any) -> QuantizedActivation:
+    """`quantize` of an input that is in e4m3."""
+    return ops.quantize(x.dequantize(), w)
 
 
 def norm_modulate_quantize(

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tonfa.errors import UnsupportedError
-from tonfa.ops.activation import Activations
+from tonfa.ops.activation import Activations, ScaledFP8
+from tonfa.ops.attention_fp8 import QuantizedHeads
 
 OPS: dict[str, str] = {
     "quantize": "smooth and quantize an input, with the low-rank down-projection",
+    "quantize_fp8": "the same for what FP8 attention returns",
     "product": "4-bit product with low-rank up-projection and bias",
     "product_gelu_quantize": "product, GELU, quantization of the next input",
     "product_norm_rope": "product, RMSNorm and RoPE of q and k, split into heads",
@@ -49,24 +51,40 @@ ATTENTIONS: dict[str, str] = {
     "sdpa": "in 16 bits, by the backend of the layers",
     "fp8": "in FP8 on GPUs that compute it natively",
 }
-"""The ways to compute attention that a user may choose, the default first."""
+"""The ways to compute attention that a user may choose."""
+
+AUTO = "auto"
+"""The choice that leaves it to the device: `kernels.attention.choices.automatic`."""
+
+DEFAULT_ATTENTION = "sdpa"
+"""What is taken where a user names none."""
 
 
 def parse_attention(name: str) -> str:
     """The name itself; raises UnsupportedError if there is no such attention."""
-    if name in ATTENTIONS:
+    known = (*ATTENTIONS, AUTO)
+    if name in known:
         return name
-    raise UnsupportedError(f"attention={name!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+    raise UnsupportedError(f"attention={name!r} is unknown; choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class AttentionKernels:
+    """An attention that was chosen in place of that of the layers' backend."""
+
+    attention: Callable[..., Tensor]
+    """Of q, k, v in 16 bits, the mask, and the weights of q's and of k's norms (see ops/attention_fp8.py)."""
+    takes: Callable[[torch.Size, torch.device], bool]
+    """Whether `attend` computes heads of this shape (B, H, L, D)."""
+    attend: Callable[[QuantizedHeads, torch.dtype], ScaledFP8]
+    """Of heads that the product has rounded, for a result that stands for this dtype."""
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """One of `ATTENTIONS`. `load` imports and returns its kernel; None stands for that of the layers' backend.
-
-    A chosen kernel takes q, k, v, the mask, and the weights of q's and of k's norms (see ops/attention_fp8.py).
-    """
+    """One of `ATTENTIONS`. `load` imports and returns its kernels; None stands for those of the layers' backend."""
 
     name: str
     reason_against: Callable[[torch.device], str | None]
     """None if it can run on this device, otherwise why not and what would help."""
-    load: Callable[[], Callable[..., Tensor]] | None
+    load: Callable[[], AttentionKernels] | None

@@ -9,8 +9,9 @@ import torch
 
 from support import attention_inputs, attention_norms
 from tonfa.kernels.attention.fp8_dequantize import dequantize
-from tonfa.kernels.attention.fp8_quantize import SCALARS, quantize
+from tonfa.kernels.attention.fp8_quantize import quantize
 from tonfa.ops import attention_fp8
+from tonfa.ops.attention_fp8 import SCALARS
 
 CASES = [
     ("common", 1, 2, 205, 128, torch.bfloat16),
@@ -42,7 +43,7 @@ def main() -> None:
         )
         result = torch.randn(batch, tokens, heads, size).to(torch.float8_e4m3fn)
         assert torch.equal(
-            dequantize(result.float(), found.descale, torch.float32),
+            dequantize(result.float(), found.descale, torch.float32).flatten(2),
             attention_fp8.dequantize(result, scales.v, torch.float32),
         )
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
-from tonfa.ops.table import AttentionChoice
+from tonfa.ops.table import AttentionChoice, AttentionKernels
 
 
 def _reason_against_fp8(device: torch.device) -> str | None:
@@ -24,12 +22,18 @@ def _reason_against_fp8(device: torch.device) -> str | None:
     return None
 
 
-def _fp8() -> Callable[..., Tensor]:
+def _fp8() -> AttentionKernels:
     from tonfa.kernels.attention import fp8
 
-    return fp8.attention
+    return AttentionKernels(fp8.attention, fp8.takes, fp8.attend)
 
 
 SDPA = AttentionChoice("sdpa", lambda device: None, None)
 FP8 = AttentionChoice("fp8", _reason_against_fp8, _fp8)
 CHOICES = (SDPA, FP8)
+
+
+def automatic(device: torch.device) -> str:
+    """What "auto" stands for: FP8 on the GPUs where it was measured to pay, if all that it needs is there."""
+    measured = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return FP8.name if measured and FP8.reason_against(device) is None else SDPA.name

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tonfa.errors import UnsupportedError
-from tonfa.kernels.attention.fp8_quantize import SCALARS, QuantizedHeads
+from tonfa.ops.attention_fp8 import SCALARS, QuantizedHeads
 
 LIMIT = 32
 """Plans that are kept, least recently used out first."""
@@ -117,6 +117,12 @@ def _plan(key: _Key, handle: Any, recording: bool) -> Plan:
         )
     plan.recorded |= recording
     return plan
+
+
+def check(shape: torch.Size, device: torch.device) -> None:
+    """Build what runs q, k and v of this shape (B, H, L, D), unless that is done. Raises as `attend` does."""
+    with torch.cuda.device(device), _lock:
+        _plan((shape, device), _handle(device), torch.cuda.is_current_stream_capturing())
 
 
 def attend(x: QuantizedHeads) -> Tensor:

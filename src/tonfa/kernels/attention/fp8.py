@@ -1,5 +1,7 @@
-"""FP8 attention: quantize, cuDNN, dequantize. What it cannot take is computed in 16 bits, with the reason
-logged once."""
+"""FP8 attention by cuDNN: of heads that a product has rounded, or of 16-bit ones, rounded here.
+
+What it cannot take is computed in 16 bits, with the reason logged once.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ from tonfa.errors import UnsupportedError
 from tonfa.kernels.attention import cudnn_fp8, sdpa
 from tonfa.kernels.attention.fp8_dequantize import dequantize
 from tonfa.kernels.attention.fp8_quantize import quantize
+from tonfa.ops.activation import ScaledFP8
+from tonfa.ops.attention_fp8 import QuantizedHeads
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +68,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, norm_q: Sequence[Tensor], norm_k
         except UnsupportedError as error:
             _say(str(error))
             return sdpa.attention(q, k, v)
-        return dequantize(out, x.descale, q.dtype)
+        return dequantize(out, x.descale, q.dtype).flatten(2)
 
 
 def attention(
@@ -83,3 +87,23 @@ def attention(
         _say(reason)
         return sdpa.attention(q, k, v, mask)
     return _attention(q, k, v, norm_q, norm_k)
+
+
+def takes(shape: torch.Size, device: torch.device) -> bool:
+    """Whether `attend` computes heads of this shape (B, H, L, D); if not, the reason is logged."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        cudnn_fp8.check(shape, device)
+    except UnsupportedError as error:
+        _say(str(error))
+        return False
+    return True
+
+
+def attend(
+    x: QuantizedHeads,
+    dtype: torch.dtype,  # that the result stands for
+) -> ScaledFP8:
+    """(B, L, H * D). v's scale is the result's: no mean of its rows exceeds its largest element."""
+    return ScaledFP8(cudnn_fp8.attend(x).flatten(2), x.descale, dtype)

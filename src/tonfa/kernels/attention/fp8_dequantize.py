@@ -24,11 +24,11 @@ def _dequantize(
 
 
 def dequantize(
-    o: Tensor,  # (B, L, H, D) e4m3, contiguous
+    o: Tensor,  # e4m3, contiguous
     descale: Tensor,  # (1,) float32
     dtype: torch.dtype,  # bfloat16 or float16
 ) -> Tensor:
-    """(B, L, H * D)."""
-    out = torch.empty((*o.shape[:2], o.shape[2] * o.shape[3]), dtype=dtype, device=o.device)
+    """The numbers, in o's shape."""
+    out = torch.empty(o.shape, dtype=dtype, device=o.device)
     _dequantize[triton.cdiv(o.numel(), BLOCK),](o, descale, out, o.numel(), BLOCK=BLOCK, num_warps=4)
     return out

@@ -12,47 +12,32 @@ the bits of a float32, so results agree with the reference byte for byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tonfa.ops.attention_fp8 import LARGEST_BOUND, P_SCALE, SMALLEST_BOUND
+from tonfa.ops.attention_fp8 import LARGEST_BOUND, P_SCALE, SCALARS, SMALLEST_BOUND, QuantizedHeads
 
 PARTS = 512
 """Programs of the first pass: about four on each SM of a large GPU, all at once."""
 MEASURED_ROWS, ROUNDED_ROWS = 64, 32
 """Heads of tokens that a program takes at a time."""
-SCALARS = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o", "amax_s", "amax_o")
-"""Rows of `QuantizedHeads.scalars`, each padded to the 16 bytes that cuDNN aligns tensors to."""
-
 _SMALLEST = tl.constexpr(SMALLEST_BOUND)
 _LARGEST = tl.constexpr(LARGEST_BOUND)
 _P_SCALE = tl.constexpr(P_SCALE)
 
 
-@dataclass(frozen=True)
-class QuantizedHeads:
-    """What cuDNN reads, and what its result is in."""
-
-    q: Tensor  # (B, H, L, D) e4m3, in memory (B, L, H, D), as k and v
-    k: Tensor
-    v: Tensor
-    scalars: Tensor  # (8, 4) float32: SCALARS in the first column
-    descale: Tensor  # (1,) float32: what the result is to be multiplied with
-
-
 @triton.jit
-def _largest_exponent(bound):
+def largest_exponent(bound):
     """The largest n with bound * 2^n <= 448 = 1.75 * 2^8, from the bits of a float32."""
     bits = tl.clamp(bound, _SMALLEST, _LARGEST).to(tl.int32, bitcast=True)
     return 135 - ((bits + 0x1FFFFF) >> 23)
 
 
 @triton.jit
-def _power(exponent):
+def power(exponent):
     """2^exponent as float32, -126 to 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
@@ -85,11 +70,26 @@ def _measure(
 
 
 @triton.jit
-def _norm_exponent(first, second, D: tl.constexpr, ROOT: tl.constexpr, BLOCK_D: tl.constexpr):
+def norm_exponent(first, second, D: tl.constexpr, ROOT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The exponent for vectors that were RMS-normed with either of two weights."""
     columns = tl.arange(0, BLOCK_D)
     x = tl.load(first + columns, mask=columns < D, other=0.0).to(tl.float32)
     y = tl.load(second + columns, mask=columns < D, other=0.0).to(tl.float32)
-    return _largest_exponent(tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 0) * ROOT)
+    return largest_exponent(tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 0) * ROOT)
+
+
+@triton.jit
+def store_scalars(scalars, descale, exponent_q, exponent_k, exponent_v):
+    """cuDNN's: q's and k's factor together, ones for v and o. o is in units of v, whose largest it stays below."""
+    tl.store(descale, power(-exponent_v))
+    tl.store(scalars, power(-(exponent_q + exponent_k)))
+    tl.store(scalars + 4, 1.0)
+    tl.store(scalars + 8, 1.0)
+    tl.store(scalars + 12, 1.0 / _P_SCALE)
+    tl.store(scalars + 16, _P_SCALE)
+    tl.store(scalars + 20, 1.0)
+    tl.store(scalars + 24, 0.0)
+    tl.store(scalars + 28, 0.0)
 
 
 @triton.jit
@@ -104,9 +104,9 @@ def _round(
     H: tl.constexpr, D: tl.constexpr, ROOT: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    exponent_q = _norm_exponent(q_first, q_second, D, ROOT, BLOCK_D)
-    exponent_k = _norm_exponent(k_first, k_second, D, ROOT, BLOCK_D)
-    exponent_v = _largest_exponent(tl.max(tl.load(most + tl.arange(0, PARTS)), 0))
+    exponent_q = norm_exponent(q_first, q_second, D, ROOT, BLOCK_D)
+    exponent_k = norm_exponent(k_first, k_second, D, ROOT, BLOCK_D)
+    exponent_v = largest_exponent(tl.max(tl.load(most + tl.arange(0, PARTS)), 0))
 
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
@@ -115,20 +115,12 @@ def _round(
     y = tl.load(k + _offsets(rows, L, k_b, k_h, k_l, H)[:, None] + columns[None], mask=inside, other=0.0)
     z = tl.load(v + _offsets(rows, L, v_b, v_h, v_l, H)[:, None] + columns[None], mask=inside, other=0.0)
     to = rows.to(tl.int64)[:, None] * D + columns[None]
-    tl.store(q8 + to, (x.to(tl.float32) * _power(exponent_q)).to(q8.dtype.element_ty), mask=inside)
-    tl.store(k8 + to, (y.to(tl.float32) * _power(exponent_k)).to(k8.dtype.element_ty), mask=inside)
-    tl.store(v8 + to, (z.to(tl.float32) * _power(exponent_v)).to(v8.dtype.element_ty), mask=inside)
+    tl.store(q8 + to, (x.to(tl.float32) * power(exponent_q)).to(q8.dtype.element_ty), mask=inside)
+    tl.store(k8 + to, (y.to(tl.float32) * power(exponent_k)).to(k8.dtype.element_ty), mask=inside)
+    tl.store(v8 + to, (z.to(tl.float32) * power(exponent_v)).to(v8.dtype.element_ty), mask=inside)
 
     if tl.program_id(0) == 0:
-        tl.store(descale, _power(-exponent_v))
-        tl.store(scalars, _power(-(exponent_q + exponent_k)))
-        tl.store(scalars + 4, 1.0)
-        tl.store(scalars + 8, 1.0)
-        tl.store(scalars + 12, 1.0 / _P_SCALE)
-        tl.store(scalars + 16, _P_SCALE)
-        tl.store(scalars + 20, 1.0)
-        tl.store(scalars + 24, 0.0)
-        tl.store(scalars + 28, 0.0)
+        store_scalars(scalars, descale, exponent_q, exponent_k, exponent_v)
 
 
 def quantize(

@@ -14,7 +14,7 @@ import torch
 from tonfa.kernels.cuda.kernel import ELEMENTS
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
-from tonfa.ops.activation import Activations, InputWeights, QuantizedActivation
+from tonfa.ops.activation import Activations, InputWeights, QuantizedActivation, ScaledFP8
 from tonfa.ops.table import Backend
 from tonfa.weights import SVDQWeights, W4A16Weights
 
@@ -31,9 +31,11 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
+    from tonfa.kernels.attention.fp8_dequantize import dequantize
     from tonfa.kernels.cuda import w4a16 as modulations
     from tonfa.kernels.hopper import product as products
     from tonfa.kernels.hopper import quantize as inputs
+    from tonfa.kernels.hopper.product_norm_rope_fp8 import product_norm_rope_fp8
 
     theirs = triton.BACKEND.table(activations)
 
@@ -44,6 +46,10 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
 
     quantize = route(inputs.quantize, theirs["quantize"], 1)
     product = route(products.product, theirs["product"], 1)
+
+    def quantize_fp8(x: ScaledFP8, w: Any) -> QuantizedActivation:
+        quantized: QuantizedActivation = quantize(dequantize(x.codes.contiguous(), x.scale, x.dtype), w)
+        return quantized
 
     def product_gelu_quantize(x: QuantizedActivation, w: Any, following: Any) -> Any:
         mine = isinstance(w, products.PackedProduct)
@@ -75,10 +81,12 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "w4a16": route(modulations.w4a16, theirs["w4a16"], 1),
         "w4a16_group": route(modulations.w4a16_group, theirs["w4a16_group"], 1),
         "quantize": quantize,
+        "quantize_fp8": quantize_fp8,
         "product": product,
         "norm_modulate_quantize": route(inputs.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
         "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),
         "product_norm_rope_into": route(products.product_norm_rope_into, theirs["product_norm_rope_into"], 1),
+        "product_norm_rope_fp8": product_norm_rope_fp8,
         "product_gelu_quantize": product_gelu_quantize,
         "product_gate_residual": route(products.product_gate_residual, theirs["product_gate_residual"], 1),
     }

@@ -1,4 +1,4 @@
-"""product: FP8 activations times 4-bit weights, with five epilogues (device/product.cu).
+"""product: FP8 activations times 4-bit weights, with six epilogues (device/product.cu).
 
 The weights are expanded to e4m3 by a pass before (expand.py), into a buffer that all layers share, or once for all.
 Decoding them in the product's registers instead cost more than the pass: 232 us against 205 us for 9216 x 3072.
@@ -13,7 +13,7 @@ import math
 from collections.abc import MutableMapping
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,7 +38,7 @@ from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import Rotary
 from tonfa.weights import SVDQWeights
 
-PLAIN, GELU, GATE_RESIDUAL, NORM_ROPE, GELU_QUANTIZE = range(5)
+PLAIN, GELU, GATE_RESIDUAL, NORM_ROPE, GELU_QUANTIZE, NORM_ROPE_FP8 = range(6)
 HEAD_DIM = 128
 _LARGEST = 448.0
 _ROUNDING = 1.07
@@ -70,6 +70,7 @@ class Product(Struct):
                 "norm_q",
                 "norm_k",
                 "rotary",
+                "factors",
                 "next_inverse",
                 "absmax",
                 "norms",
@@ -133,6 +134,12 @@ class PackedProduct:
             bound = torch.stack([(values * w.inverse).amax() for values in (self.gain, self.bias.abs())])
             found = self.behind[w] = Following(bound, pack_down(w.down))
         return found
+
+    @cached_property
+    def value_bound(self) -> Tensor:
+        """(2,), where q, k and v are stacked: |v| is at most the norm of the smoothed input * [0] + [1]."""
+        v = slice(2 * self.out_features // 3, self.out_features)
+        return torch.stack([self.gain[v].amax(), self.bias[v].abs().amax()])
 
     @property
     def columns(self) -> int:
@@ -233,7 +240,7 @@ def _expanded(w: PackedProduct) -> Tensor:
     return out
 
 
-def _run(
+def start(
     x: QuantizedActivation,
     w: PackedProduct,
     epilogue: int,
@@ -241,7 +248,9 @@ def _run(
     down_rank: int | None = None,
     **values: Any,
 ) -> None:
-    """`tile`: its tokens, and how many of the same tokens a block takes one after another."""
+    """Expand the weights and start the product; `values` are what the epilogue needs of `Product`.
+
+    `tile`: its tokens, and how many of the same tokens a block takes one after another."""
     if not isinstance(x, HopperActivation) or x.scales is None or x.lowrank is None:
         raise FormatError("product: the input must come from this backend's quantize")
     if (x.channels, x.rank) != (w.in_features, w.rank):
@@ -251,7 +260,7 @@ def _run(
         return
     device, n = x.codes.device, w.columns
     count = multiprocessors(device)
-    tokens, run = tile or (tiles.choose(x.rows, n, count, epilogue in (NORM_ROPE, GELU)), 1)
+    tokens, run = tile or (tiles.choose(x.rows, n, count, epilogue in (NORM_ROPE, NORM_ROPE_FP8, GELU)), 1)
     expanded = _expanded(w)
     parameters = Product(
         x=x.codes.data_ptr(),
@@ -281,7 +290,7 @@ def product(
     """(M, N) of x's dtype."""
     assert isinstance(x, HopperActivation)
     out = torch.empty((x.rows, w.columns), dtype=x.dtype, device=x.codes.device)
-    _run(x, w, PLAIN, out=out.data_ptr())
+    start(x, w, PLAIN, out=out.data_ptr())
     return out if w.columns == w.out_features else out[:, : w.out_features].contiguous()
 
 
@@ -311,7 +320,7 @@ def product_gelu_quantize(
         return _product_gelu_quantize(x, x.norms, w, following)
     out = torch.empty((x.rows, w.out_features), dtype=x.dtype, device=x.codes.device)
     absmax = torch.zeros(x.rows, device=x.codes.device)
-    _run(x, w, GELU, out=out.data_ptr(), next_inverse=following.inverse.data_ptr(), absmax=absmax.data_ptr())
+    start(x, w, GELU, out=out.data_ptr(), next_inverse=following.inverse.data_ptr(), absmax=absmax.data_ptr())
     return quantize_known(out, following, absmax)
 
 
@@ -324,7 +333,7 @@ def _product_gelu_quantize(
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
     partial = torch.empty((slots, 2, padded, following.rank), device=device)
     arrived = torch.zeros(-(-x.rows // tokens) if following.rank else 0, dtype=torch.int32, device=device)
-    _run(
+    start(
         x,
         w,
         GELU_QUANTIZE,
@@ -361,7 +370,7 @@ def product_gate_residual(
     out = torch.empty_like(residual)
     if gate.stride(1) != 1 or gate.stride(0) % 8 or gate.data_ptr() % 16 or gate.dtype != x.dtype:
         gate = gate.to(x.dtype).contiguous()
-    _run(
+    start(
         x,
         w,
         GATE_RESIDUAL,
@@ -425,13 +434,27 @@ def product_norm_rope_into(
         ):
             place.copy_(values)
         return
+    start_heads(x, w, norm_q, norm_k, rotary, places, None)
+
+
+def start_heads(
+    x: HopperActivation,  # B * L rows
+    w: PackedProduct,
+    norm_q: Tensor,  # (D,)
+    norm_k: Tensor,  # (D,)
+    rotary: Rotary,  # (L, D) each
+    places: Tensor,  # (3, B, H, L, D), D contiguous
+    factors: Tensor | None,  # (3,) float32: what q, k and v are multiplied with before they are rounded to e4m3
+) -> None:
+    """Normalize, rotate and write heads of 128 channels: in x's dtype, or in e4m3 if there are factors."""
     q, k, v = places.unbind(0)
     norms = [norm.detach().to(x.dtype).contiguous() for norm in (norm_q, norm_k)]
     table = _rotary_table(rotary)
-    _run(
+    start(
         x,
         w,
-        NORM_ROPE,
+        NORM_ROPE if factors is None else NORM_ROPE_FP8,
+        factors=None if factors is None else factors.data_ptr(),
         out=q.data_ptr(),
         out_k=k.data_ptr(),
         out_v=v.data_ptr(),
@@ -442,5 +465,5 @@ def product_norm_rope_into(
         token_stride=q.stride(2),
         head_stride=q.stride(1),
         heads=q.shape[1],
-        length=length,
+        length=q.shape[2],
     )

@@ -11,11 +11,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from tonfa.layers.attention import Attention
+from tonfa.layers.attention import Attention, Stream
 from tonfa.layers.fused import FusedLinear, QuantizedInput, SharedInput
 from tonfa.layers.modulation import Modulation
 from tonfa.layers.offload import offloadable
 from tonfa.models.flux.plan import MLP_RATIO
+from tonfa.ops.activation import ScaledFP8
 from tonfa.ops.fused import RMS_NORM_EPS, Rotary
 
 
@@ -55,11 +56,10 @@ class SingleAttention(nn.Module):
         self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
         self.attention = Attention()
 
-    def forward(self, x: QuantizedInput, rotary: Rotary, mask: Tensor | None) -> Tensor:
-        """(B, L, H * D): the input of `to_out`."""
-        norm_q, norm_k = self.norm_q.weight, self.norm_k.weight
-        q, k, v = self.to_qkv.product_norm_rope(x, norm_q, norm_k, rotary)
-        return self.attention(self.to_qkv, q, k, v, mask, (norm_q,), (norm_k,))
+    def forward(self, x: QuantizedInput, rotary: Rotary, mask: Tensor | None, like: Tensor) -> Tensor | ScaledFP8:
+        """(B, L, H * D): the input of `to_out`. `like` is the stream, for its batch and dtype."""
+        tokens = Stream(self.to_qkv, x, self.norm_q.weight, self.norm_k.weight, rotary)
+        return self.attention((tokens,), mask, like)
 
 
 class JointAttention(nn.Module):
@@ -84,20 +84,13 @@ class JointAttention(nn.Module):
         img_rotary: Rotary,
         txt_rotary: Rotary,
         mask: Tensor | None,
-        stream: Tensor,  # (B, L_img, hidden), for its batch and dtype
-    ) -> tuple[Tensor, Tensor]:
+        like: Tensor,  # (B, L_img, hidden), for its batch and dtype
+    ) -> tuple[Tensor | ScaledFP8, Tensor | ScaledFP8]:
         """(B, L_img, H * D) and (B, L_txt, H * D): the inputs of `to_out` and `to_add_out`."""
-        text_length, head_dim = txt_rotary[0].shape
-        length, heads = text_length + img_rotary[0].shape[0], self.to_qkv.out_features // (3 * head_dim)
-        # In memory (B, L, H, D), as attention kernels return their output.
-        qkv = txt_rotary[0].new_empty((3, stream.shape[0], length, heads, head_dim), dtype=stream.dtype).transpose(2, 3)
-        norm_q = self.norm_added_q.weight, self.norm_q.weight
-        norm_k = self.norm_added_k.weight, self.norm_k.weight
-        self.add_qkv_proj.product_norm_rope_into(txt, norm_q[0], norm_k[0], txt_rotary, qkv, 0)
-        self.to_qkv.product_norm_rope_into(img, norm_q[1], norm_k[1], img_rotary, qkv, text_length)
-        q, k, v = qkv.unbind(0)
-        joined = self.attention(self.to_qkv, q, k, v, mask, norm_q, norm_k)
-        return joined[:, text_length:], joined[:, :text_length]
+        texts = Stream(self.add_qkv_proj, txt, self.norm_added_q.weight, self.norm_added_k.weight, txt_rotary)
+        images = Stream(self.to_qkv, img, self.norm_q.weight, self.norm_k.weight, img_rotary)
+        joined = self.attention((texts, images), mask, like)
+        return joined[:, texts.length :], joined[:, : texts.length]
 
 
 class DoubleBlock(nn.Module):
@@ -170,6 +163,6 @@ class SingleBlock(nn.Module):
         """The stream after this block."""
         shift, scale, gate = self.norm(vec, *modulated)
         qkv_in, ff_in = self._inputs.norm_modulate_quantize(x, scale, shift)
-        attention = self.attn(qkv_in, rotary, mask)
+        attention = self.attn(qkv_in, rotary, mask, x)
         x = self.attn.to_out.product_gate_residual(self.attn.to_out.quantize(attention), x, gate)
         return self.ff(ff_in, x, gate)

@@ -34,7 +34,7 @@ from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
 from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
 from tonfa.models.flux.rotary import RotaryPositions
-from tonfa.ops.table import parse_attention
+from tonfa.ops.table import DEFAULT_ATTENTION, parse_attention
 from tonfa.quantize.planned import materialize
 from tonfa.quantize.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
@@ -126,7 +126,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         activations: str | None = None,
-        attention: str = "sdpa",
+        attention: str = DEFAULT_ATTENTION,
         subfolder: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -235,7 +235,9 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         return self
 
     def set_attention(self, attention: str) -> SVDQFluxTransformer2DModel:
-        """Choose how attention is computed: "sdpa" in 16 bits, "fp8" on GPUs from Hopper on. Returns the model.
+        """Choose how attention is computed: "sdpa" in 16 bits, "fp8" on GPUs from Hopper on, "auto" one of them.
+
+        "auto" is "fp8" on Hopper GPUs where nvidia-cudnn-frontend is installed. Returns the model.
 
         FP8 attention rounds q, k, v, the probabilities and the result to three bits of mantissa; it is left out with a
         logged reason where a mask is given. Raises UnsupportedError for an unknown name here, and in the first step

@@ -26,13 +26,14 @@ struct Epilogue {
 
   __device__ __forceinline__ void tile(const Tiles& tile, int) const {
     const int m0 = tile.m0(), channel = tile.n0() + lane * 8;
-    const int head = tile.n, which = EPILOGUE == NORM_ROPE ? head / a.heads : 0;  // of q, k, v
-    const bool rotated = EPILOGUE == NORM_ROPE && which < 2, inside = channel < a.n;
-    float per_channel[8] = {};  // NORM_ROPE: norm weight, GELU: 1 / smooth of the next linear
+    const int head = tile.n, which = HEADS ? head / a.heads : 0;  // of q, k, v
+    const bool rotated = HEADS && which < 2, inside = channel < a.n;
+    float per_channel[8] = {};  // HEADS: norm weight, GELU: 1 / smooth of the next linear
+    const float factor = EPILOGUE == NORM_ROPE_FP8 ? __ldg(a.factors + which) : 1.f;
     uint4 gate = make_uint4(0, 0, 0, 0);
-    uint16_t* to = a.out + channel;
-    if (EPILOGUE == NORM_ROPE)
-      to = (which == 0 ? a.out : which == 1 ? a.out_k : a.out_v) + head % a.heads * a.head_stride + lane * 8;
+    uint8_t* to = (uint8_t*)(a.out + channel);
+    if (HEADS)
+      to = (uint8_t*)(which == 0 ? a.out : which == 1 ? a.out_k : a.out_v) + (head % a.heads * a.head_stride + lane * 8) * OUT_BYTES;
     if (rotated) unpack(*(const uint4*)((which == 0 ? a.norm_q : a.norm_k) + lane * 8), per_channel);
     if (EPILOGUE == GATE_RESIDUAL && one_image && inside) gate = *(const uint4*)(a.gate + channel);
     if (EPILOGUE == GELU && inside) {
@@ -64,10 +65,18 @@ struct Epilogue {
         const int m = row_of(block, i);
         const bool valid = m < a.m && inside;
         uint4 v = values[i];
-        if (EPILOGUE == NORM_ROPE) {
+        if (HEADS) {
           const int batch = one_image ? 0 : m / a.length, position = m - batch * a.length;
-          if (rotated) v = norm_rope(v, extra[i], per_channel);
-          if (valid) *(uint4*)(to + batch * a.batch_stride + position * a.token_stride) = v;
+          const long long at = batch * a.batch_stride + position * a.token_stride;
+          float y[8];
+          unpack(v, y);
+          if (rotated) norm_rope(y, extra[i], per_channel);
+          if (EPILOGUE == NORM_ROPE_FP8) {
+            const uint2 codes = scaled_e4m3(y, factor);
+            if (valid) *(uint2*)(to + at) = codes;
+          } else if (valid) {
+            *(uint4*)(to + at * OUT_BYTES) = packed(y);
+          }
           continue;
         }
         if (EPILOGUE == GELU) {
@@ -86,15 +95,19 @@ struct Epilogue {
           if (!one_image) gate = *(const uint4*)(a.gate + (size_t)(m / a.length) * a.gate_stride + channel);
           v = gate_residual(v, gate, extra[i]);
         }
-        if (valid) *(uint4*)(to + (size_t)m * a.n) = v;
+        if (valid) *(uint4*)(to + (size_t)m * a.n * OUT_BYTES) = v;
       }
     }
   }
 
-  __device__ __forceinline__ uint4 norm_rope(uint4 v, uint4 rotary, const float (&weight)[8]) const {
+  __device__ __forceinline__ uint2 scaled_e4m3(const float (&y)[8], float factor) const {
+    return make_uint2(to_e4m3(y[0] * factor, y[1] * factor, y[2] * factor, y[3] * factor),
+                      to_e4m3(y[4] * factor, y[5] * factor, y[6] * factor, y[7] * factor));
+  }
+
+  __device__ __forceinline__ void norm_rope(float (&y)[8], uint4 rotary, const float (&weight)[8]) const {
     const uint32_t angles[4] = {rotary.x, rotary.y, rotary.z, rotary.w};
-    float y[8], sum = 0.f;
-    unpack(v, y);
+    float sum = 0.f;
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum = fmaf(y[e], y[e], sum);
     const float r = rsqrtf(fmaf(sum_of_row(sum), 1.f / 128.f, 1e-6f));
@@ -104,7 +117,6 @@ struct Epilogue {
       const float p = y[2 * e] * r * weight[2 * e], q = y[2 * e + 1] * r * weight[2 * e + 1];
       y[2 * e] = p * cs.x - q * cs.y, y[2 * e + 1] = q * cs.x + p * cs.y;
     }
-    return packed(y);
   }
 
   __device__ __forceinline__ uint4 gate_residual(uint4 v, uint4 gate, uint4 residual) const {

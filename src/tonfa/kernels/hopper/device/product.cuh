@@ -17,7 +17,9 @@ constexpr int NEXT_BYTES = DOWN_BYTES + INVERSE_BYTES;
 constexpr int DOWN_BYTES = 0, NEXT_BYTES = 0;
 #endif
 
-enum { PLAIN = 0, GELU = 1, GATE_RESIDUAL = 2, NORM_ROPE = 3, GELU_QUANTIZE = 4 };
+enum { PLAIN = 0, GELU = 1, GATE_RESIDUAL = 2, NORM_ROPE = 3, GELU_QUANTIZE = 4, NORM_ROPE_FP8 = 5 };
+constexpr int OUT_BYTES = EPILOGUE == NORM_ROPE_FP8 ? 1 : 2;
+constexpr bool HEADS = EPILOGUE == NORM_ROPE || EPILOGUE == NORM_ROPE_FP8;
 
 struct Product {
   const uint8_t* x;          // (K/128, m_pad, 128) e4m3, channels permuted and swizzled
@@ -27,7 +29,7 @@ struct Product {
   const float* w_scale;      // (N)
   const uint4* up;           // (N/128, R/16, 256) register fragments, bf16, divided by w_scale
   const float* bias;         // (N)
-  uint16_t* out;             // (M, N); NORM_ROPE: q, see the strides
+  uint16_t* out;             // (M, N); HEADS: q, see the strides; bytes of e4m3 with NORM_ROPE_FP8
   uint16_t* out_k;
   uint16_t* out_v;
   const uint16_t* residual;  // (M, N)
@@ -35,6 +37,7 @@ struct Product {
   const uint16_t* norm_q;    // (128)
   const uint16_t* norm_k;    // (128)
   const uint32_t* rotary;    // (length, 64) pairs cos, sin as fp16
+  const float* factors;      // NORM_ROPE_FP8: (3) what q, k and v are multiplied with
   const float* next_inverse; // (N) 1 / smooth of the linear that reads a GELU
   uint32_t* absmax;          // GELU: (M) float bits, gathers |gelu(y) / smooth|
   const float* norms;        // GELU_QUANTIZE: (m_pad) bounds of |x / smooth|
