@@ -29,8 +29,9 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
+    from tonfa.kernels.hopper import inputs
     from tonfa.kernels.hopper import product as products
-    from tonfa.kernels.hopper import quantize as inputs
+    from tonfa.kernels.hopper import quantize as quantizers
 
     theirs = triton.BACKEND.table(activations)
 
@@ -39,7 +40,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         packed = (inputs.PackedInput, products.PackedProduct)
         return lambda *arguments: (ours if isinstance(arguments[place], packed) else other)(*arguments)
 
-    quantize = route(inputs.quantize, theirs["quantize"], 1)
+    quantize = route(quantizers.quantize, theirs["quantize"], 1)
     product = route(products.product, theirs["product"], 1)
 
     def product_gelu_quantize(x: QuantizedActivation, w: Any, following: Any) -> Any:
@@ -62,7 +63,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "pack_product": pack_product,
         "quantize": quantize,
         "product": product,
-        "norm_modulate_quantize": route(inputs.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
+        "norm_modulate_quantize": route(quantizers.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
         "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),
         "product_norm_rope_into": route(products.product_norm_rope_into, theirs["product_norm_rope_into"], 1),
         "product_gelu_quantize": product_gelu_quantize,

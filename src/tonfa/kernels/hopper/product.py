@@ -23,8 +23,11 @@ from tonfa.kernels.cuda.kernel import Kernel, Struct
 from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
 from tonfa.kernels.hopper.activation import HopperActivation
+from tonfa.kernels.hopper.device_facts import multiprocessors
+from tonfa.kernels.hopper.inputs import PackedInput
 from tonfa.kernels.hopper.layout import pack_up
-from tonfa.kernels.hopper.quantize import PackedInput, multiprocessors, quantize, quantize_known
+from tonfa.kernels.hopper.quantize import quantize
+from tonfa.kernels.hopper.quantize_known import quantize_known, zeros
 from tonfa.ops import fused
 from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import Rotary
@@ -263,9 +266,9 @@ def product_gelu_quantize(
     if w.columns != w.out_features:
         return fused.product_gelu_quantize(Primitives, x, w, following)
     out = torch.empty((x.rows, w.out_features), dtype=x.dtype, device=x.codes.device)
-    absmax = torch.zeros(x.rows, device=x.codes.device)
+    absmax, arrived = zeros(x.rows, x.codes.device)
     _run(x, w, GELU, out=out.data_ptr(), next_inverse=following.inverse.data_ptr(), absmax=absmax.data_ptr())
-    return quantize_known(out, following, absmax)
+    return quantize_known(out, following, absmax, arrived)
 
 
 def product_gate_residual(
