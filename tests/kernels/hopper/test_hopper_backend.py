@@ -65,6 +65,17 @@ def check_quantized(found: QuantizedActivation, expected: QuantizedActivation) -
         assert relative_error(found.lowrank, expected.lowrank) < 4e-3
 
 
+def check_norms(x: QuantizedActivation, loosest: float | None = None) -> None:
+    """At least the codes' own norm, and no looser than that."""
+    assert isinstance(x, HopperActivation) and x.norms is not None
+    parts = plain(x)
+    assert parts.scales is not None
+    exact = (parts.codes.double() * parts.scales.double()).norm(dim=1)
+    assert (x.norms >= exact).all() and x.norms.isfinite().all()
+    if loosest is not None:
+        assert (x.norms <= loosest * exact).all()
+
+
 def test_layouts_are_permutations() -> None:
     assert sorted(layout.channel_of_byte().tolist()) == list(range(128))
     codes = FP8.quantize(torch.randn(13, 192))[0]

@@ -9,20 +9,22 @@ import torch
 
 import machine_code
 from tonfa.kernels.cuda.kernel import Kernel
-from tonfa.kernels.hopper import product, quantize
-from tonfa.kernels.hopper.product import GATE_RESIDUAL, GELU, GELU_QUANTIZE, NORM_ROPE, PLAIN
+from tonfa.kernels.hopper import product, quantize, quantize_known
+from tonfa.kernels.hopper.product import GATE_RESIDUAL, GELU, GELU_QUANTIZE, NORM_ROPE, NORM_ROPE_FP8, PLAIN
 
 KERNELS = [
     product.kernel(torch.bfloat16, PLAIN, 256),
     product.kernel(torch.bfloat16, GELU, 192),
     product.kernel(torch.bfloat16, GATE_RESIDUAL, 224),
     product.kernel(torch.bfloat16, NORM_ROPE, 192),
+    product.kernel(torch.bfloat16, NORM_ROPE_FP8, 192),
+    product.kernel(torch.float16, NORM_ROPE_FP8, 32),
     product.kernel(torch.float16, PLAIN, 128),
     product.kernel(torch.bfloat16, GELU_QUANTIZE, 192, 32),
     product.kernel(torch.float16, GELU_QUANTIZE, 192, 0),
-    quantize.kernel(torch.bfloat16, 64, True, False, 3072),
-    quantize.kernel(torch.bfloat16, 32, False, False, 3072),
-    quantize.kernel(torch.bfloat16, 32, False, True, 12288),
+    quantize.kernel(torch.bfloat16, True, 3072, 35),
+    quantize.kernel(torch.bfloat16, False, 3072, 35),
+    quantize_known.kernel(torch.bfloat16, 32),
 ]
 
 

@@ -33,8 +33,9 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     from tonfa.kernels.attention.fp8_dequantize import dequantize
     from tonfa.kernels.cuda import w4a16 as modulations
+    from tonfa.kernels.hopper import inputs
     from tonfa.kernels.hopper import product as products
-    from tonfa.kernels.hopper import quantize as inputs
+    from tonfa.kernels.hopper import quantize as quantizers
     from tonfa.kernels.hopper.product_norm_rope_fp8 import product_norm_rope_fp8
 
     theirs = triton.BACKEND.table(activations)
@@ -44,7 +45,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         packed = (inputs.PackedInput, products.PackedProduct, modulations.PackedW4A16, tuple)
         return lambda *arguments: (ours if isinstance(arguments[place], packed) else other)(*arguments)
 
-    quantize = route(inputs.quantize, theirs["quantize"], 1)
+    quantize = route(quantizers.quantize, theirs["quantize"], 1)
     product = route(products.product, theirs["product"], 1)
 
     def quantize_fp8(x: ScaledFP8, w: Any) -> QuantizedActivation:
@@ -83,7 +84,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "quantize": quantize,
         "quantize_fp8": quantize_fp8,
         "product": product,
-        "norm_modulate_quantize": route(inputs.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
+        "norm_modulate_quantize": route(quantizers.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
         "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),
         "product_norm_rope_into": route(products.product_norm_rope_into, theirs["product_norm_rope_into"], 1),
         "product_norm_rope_fp8": product_norm_rope_fp8,

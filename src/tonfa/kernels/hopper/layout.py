@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ROW_BYTES = 128
 ROW_MULTIPLE = 8
@@ -70,3 +71,16 @@ def pack_down(down: Tensor) -> Tensor:
     rank, k = down.shape
     tiles = down.view(rank, k // 64, 64).permute(1, 0, 2).contiguous()
     return swizzle(tiles.view(torch.uint8))
+
+
+def pack_fragments(down: Tensor) -> Tensor:
+    """(R, K) 16-bit -> (K/128, R/16, 8, 32, 8): A fragments of m16n8k16 mma, 16 bytes a lane, zeros beyond K.
+
+    Of 32 channels, a lane has 8 quad .. 8 quad + 7 of ranks lane / 4 and that + 8, four of them in each of two mma.
+    """
+    rank, k = down.shape
+    tiles = -(-k // ROW_BYTES)
+    whole = functional.pad(down, (0, tiles * ROW_BYTES - k))
+    # r: 16 ranks, upper or lower half, row; k: tile, 32 channels, quad, mma, low or high pair, one of the pair
+    split = whole.view(rank // 16, 2, 8, tiles, 4, 4, 2, 2, 2)
+    return split.permute(3, 0, 4, 6, 2, 5, 7, 1, 8).reshape(tiles, rank // 16, 8, 32, 8).contiguous()

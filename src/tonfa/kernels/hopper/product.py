@@ -28,10 +28,13 @@ from tonfa.kernels.cuda.contract import aligned
 from tonfa.kernels.cuda.kernel import Kernel, Struct
 from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
-from tonfa.kernels.hopper.activation import HopperActivation
+from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
+from tonfa.kernels.hopper.device_facts import multiprocessors
 from tonfa.kernels.hopper.expand import expand, wide_shape
+from tonfa.kernels.hopper.inputs import PackedInput
 from tonfa.kernels.hopper.layout import pack_down, pack_up
-from tonfa.kernels.hopper.quantize import PackedInput, empty_activation, multiprocessors, quantize, quantize_known
+from tonfa.kernels.hopper.quantize import quantize
+from tonfa.kernels.hopper.quantize_known import quantize_known, zeros
 from tonfa.kernels.triton.scratch import SCRATCH
 from tonfa.ops import fused
 from tonfa.ops.activation import QuantizedActivation
@@ -319,16 +322,17 @@ def product_gelu_quantize(
     if x.norms is not None and following.rank <= _FUSED_RANK and w.out_features % tiles.CHANNELS == 0 and x.rows:
         return _product_gelu_quantize(x, x.norms, w, following)
     out = torch.empty((x.rows, w.out_features), dtype=x.dtype, device=x.codes.device)
-    absmax = torch.zeros(x.rows, device=x.codes.device)
+    absmax, arrived = zeros(x.rows, x.codes.device)
     start(x, w, GELU, out=out.data_ptr(), next_inverse=following.inverse.data_ptr(), absmax=absmax.data_ptr())
-    return quantize_known(out, following, absmax)
+    return quantize_known(out, following, absmax, arrived)
 
 
 def _product_gelu_quantize(
     x: HopperActivation, norms: Tensor, w: PackedProduct, following: PackedInput
 ) -> HopperActivation:
     device = x.codes.device
-    result, behind = empty_activation(x.rows, following, x.dtype, device), w.following(following)
+    result = empty_activation(x.rows, following.channels, following.rank, x.dtype, device)
+    behind = w.following(following)
     tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device))
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
     partial = torch.empty((slots, 2, padded, following.rank), device=device)

@@ -1,347 +1,317 @@
-// The input of an SVDQuant linear on Hopper, in one kernel: LayerNorm and modulation (NORM), smoothing, e4m3 rows,
-// low-rank down-projection. Written for NVRTC: no headers. NORM, KNOWN, GROUPS, RANK_BLOCKS, IN_FP16 are defined by the
-// caller.
+// The input of an SVDQuant linear on Hopper, in one kernel: LayerNorm and modulation (NORM), smoothing, e4m3 rows, a
+// bound of their norms, low-rank down-projection. Written for NVRTC. NORM, CHANNELS (K), ROW_BLOCKS (of 8 rows),
+// IN_FP16 are defined by the caller.
 //
 // codes = e4m3(y / smooth / x_scale), x_scale = absmax(y / smooth) / 448, lora = (y down) / x_scale, with y = x or
-// y = LayerNorm(x) * scale + shift rounded to 16 bits. KNOWN: the absmax was gathered by the kernel that wrote x; then
-// the channels are split over blocks too, and the last block of a row adds up the partial sums of lora in order.
+// y = LayerNorm(x) * scale + shift rounded to 16 bits.
 //
-// A block has 8 warps and GROUPS x 16 rows; a warp takes whole tiles of 128 channels of 16 rows. A thread's 16-byte
-// pieces are at once the A fragments of mma (its order of channels is free, as long as `down` has the same) and the
-// bytes of two 16-byte stores. Each thread copies its own pieces to shared memory and alone reads them: all tiles at
-// once where the rows are needed several times, otherwise STAGES tiles ahead.
+// A block has a.rows rows, all in shared memory, so that all blocks run at once; each row is one copy of the copy
+// engine, in the order of use. First, teams of 4 warps take TURN rows at a time into registers, find what belongs to
+// whole rows and put y in the place of x; a thread has the same channels of every row, so their weights stay in
+// registers. Then warps take tiles of 128 channels of all rows: 16 bytes of a row are at once the B fragments of mma
+// (its order of channels is free, as `down` has the same) and 8 codes; `down` is read once a block.
+#include "quantize.cuh"
 
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-
-constexpr int SLICES = 8 / GROUPS;  // warps that share 16 rows
-constexpr int ROWS = 16 * GROUPS;
-constexpr int RANKS = RANK_BLOCKS * 8;
-#if KNOWN
-constexpr int STAGES = 3;
-#endif
+constexpr int TEAMS = 3, TEAM = 128, WARPS = 12, THREADS = TEAMS * TEAM;
+constexpr int ROWS = 8 * ROW_BLOCKS;
+constexpr int PIECES = (CHANNELS + 8 * TEAM - 1) / (8 * TEAM);  // of a row, 8 channels of each thread of a team
+constexpr int TILES = (CHANNELS + 127) / 128;
+constexpr int STRIDE = 2 * CHANNELS + 64;  // of rows in shared memory: two rows' 64 bytes meet all banks
+constexpr int TURN = PIECES <= 5 ? 2 : 1;
+constexpr int KEPT = PIECES <= 4 ? PIECES : 1;  // pieces whose weights stay in registers
+constexpr int RANKS = 32;  // of a warp
 
 struct Quantize {
   const uint16_t* x;
   const uint16_t* scale;     // (B, modulation_stride), holds the 1 of "1 + scale"
   const uint16_t* shift;
   const float* inverse;      // (K) 1 / smooth
-  const uint16_t* down;      // (rank, K)
-  const uint32_t* absmax;    // (M) float bits
+  const uint4* down;         // (K/128, R/16, 8, 32) A fragments of 16 ranks and 16 channels, zeros beyond K
   uint8_t* codes;            // (K/128, m_pad, 128)
   float* x_scale;            // (M)
+  float* norms;              // (M) at least the l2 norm of the dequantized codes
   uint16_t* lora;            // (R/64, m_pad, 64) bf16
-  float* partial;            // (splits, m_pad, rank)
-  uint32_t* arrived;         // (row blocks), zero; left at zero
   long long batch_stride, row_stride;
-  int m, m_pad, k, rank, length, modulation_stride;
+  int m, m_pad, rank, length, modulation_stride, rows, rank_parts;
 };
 
-__device__ __forceinline__ float to_float(uint16_t v) {
-#if IN_FP16
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-  return f;
-#else
-  return __uint_as_float((uint32_t)v << 16);
-#endif
-}
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t d;
-#if IN_FP16
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-#endif
-  return d;
-}
-__device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
-  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) f[2 * i] = to_float((uint16_t)u[i]), f[2 * i + 1] = to_float((uint16_t)(u[i] >> 16));
-}
-__device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) {
-  uint32_t v;
-  asm("{\n.reg .b16 l, h;\ncvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\nmov.b32 %0, {l, h};\n}"
-      : "=r"(v)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return v;
-}
-__device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-#if IN_FP16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Sums over the warp: v[0] becomes that of value lane / (32 / N). The order of a sum does not depend on N.
 template <int N>
-__device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-__device__ __forceinline__ uint4 load_shared(uint32_t from) {
-  uint4 v;
-  // no memory clobber: loads of weights may move across
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-  return v;
+__device__ __forceinline__ void fold(float (&v)[N], int lane) {
+  int step = 16;
+#pragma unroll
+  for (int half = N / 2; half >= 1; half /= 2, step /= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float mine = upper ? v[i + half] : v[i], theirs = upper ? v[i] : v[i + half];
+      v[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, step);
+    }
+  }
+#pragma unroll
+  for (step = 16 / N; step >= 1; step /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], step);
 }
 
-extern "C" __global__ void __launch_bounds__(256, RANK_BLOCKS <= 8 ? 2 : 1) quantize(const __grid_constant__ Quantize a) {
-  extern __shared__ __align__(128) uint8_t pieces[];
-  auto sums = (float (*)[ROWS][RANKS + 1])pieces;  // when the rows are done with
-  __shared__ float exchange[2][8][16];
-  __shared__ float scales[ROWS];
-  __shared__ uint32_t last;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
-  const int group = warp / SLICES, slice = warp % SLICES;
-  const int m0 = blockIdx.x * ROWS + group * 16;
-  const int tiles = (a.k + 127) / 128, share = (tiles + gridDim.y - 1) / gridDim.y;
-  const int begin = blockIdx.y * share, end = min(tiles, begin + share);
-  const int mine = max(0, (end - begin - slice + SLICES - 1) / SLICES);  // tiles begin + slice + i * SLICES
+// e4m3 rounds by 1/17 of a normal value at most, by 2^-10 of a subnormal one; 1/16 leaves room for float32's rounding.
+__device__ __forceinline__ float norm_bound(float squares, float absmax, float x_scale) {
+  const float root = sqrtf((float)CHANNELS);
+  const bool exact = squares >= 0x1p-100f && squares < __uint_as_float(0x7f800000u);  // no square of weight was lost
+  return fmaf(exact ? sqrtf(squares) : root * absmax, 1.0625f, root * x_scale * 0x1p-10f);
+}
 
-  const uint16_t* source[2];
-  long long modulation[2];
-  bool inside[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int m = m0 + row + 8 * h;
-    inside[h] = m < a.m;
-    const int batch = inside[h] ? m / a.length : 0, position = inside[h] ? m % a.length : 0;
-    source[h] = a.x + batch * a.batch_stride + position * a.row_stride;
-    modulation[h] = (long long)batch * a.modulation_stride;
-  }
-  const uint32_t base = (uint32_t)__cvta_generic_to_shared(pieces) + threadIdx.x * 16;
-  auto column_of = [&](int i, int b) { return (begin + slice + i * SLICES) * 128 + 32 * b + 8 * quad; };
-  auto piece = [&](int i, int h, int b) -> uint32_t { return base + ((i * 2 + h) * 4 + b) * 4096; };
-  auto fetch = [&](int i, int place) {
-#pragma unroll
-    for (int b = 0; b < 4; ++b)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int column = column_of(i, b);
-        copy_async(piece(place, h, b), source[h] + column, inside[h] && column < a.k);
-      }
-  };
-  // Over the threads that share a row; every thread gets the result.
-  auto combine = [](bool maximum, float p, float q) { return maximum ? fmaxf(p, q) : p + q; };
-  auto reduce = [&](int turn, float (&v)[2], bool maximum) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      v[h] = combine(maximum, v[h], __shfl_xor_sync(0xffffffffu, v[h], 1));
-      v[h] = combine(maximum, v[h], __shfl_xor_sync(0xffffffffu, v[h], 2));
-      if (quad == 0) exchange[turn][warp][row + 8 * h] = v[h];
-    }
-  };
-  auto reduced = [&](int turn, float (&v)[2], bool maximum) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      v[h] = exchange[turn][group * SLICES][row + 8 * h];
-#pragma unroll
-      for (int s = 1; s < SLICES; ++s) v[h] = combine(maximum, v[h], exchange[turn][group * SLICES + s][row + 8 * h]);
-    }
-  };
+// Whether these 32 channels of a tile do not exist.
+__device__ __forceinline__ bool beyond(int tile, int b) { return CHANNELS % 128 && b >= 2 && tile == TILES - 1; }
 
-  float absmax[2] = {0.f, 0.f};
-#if KNOWN
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) {
-    if (i < mine) fetch(i, i);
-    commit();
+struct Exchange {  // of a team, between its warps
+  float stats[2 * TURN][4], squares[TURN][4];
+  uint32_t absmax[TURN][4];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_constant__ Quantize a) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  __shared__ __align__(16) Exchange exchanges[TEAMS][2];
+  __shared__ __align__(8) unsigned long long arrivals[ROWS + 1];
+  __shared__ float reciprocals[ROWS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int m0 = blockIdx.x * a.rows, count = min(a.rows, a.m - m0);
+  float* inverses = (float*)memory;
+  uint8_t* rows = memory + CHANNELS * 4;
+  const uint32_t arrived = shared_address(arrivals);
+
+  if (lane == 0) {
+    for (int i = warp; i < count; i += WARPS) barrier_init(arrived + 8 * i);
+    if (warp == WARPS - 1) barrier_init(arrived + 8 * ROWS);
+    barriers_ready();
+    for (int i = warp; i < count; i += WARPS) {
+      const int m = m0 + i, batch = m / a.length;
+      const uint16_t* from = a.x + batch * a.batch_stride + (m - batch * a.length) * a.row_stride;
+      load_bulk(shared_address(rows + i * STRIDE), from, CHANNELS * 2, arrived + 8 * i);
+    }
+    if (warp == WARPS - 1) load_bulk(shared_address(inverses), a.inverse, CHANNELS * 4, arrived + 8 * ROWS);
   }
+
+  const int team = threadIdx.x / TEAM, t = threadIdx.x % TEAM;
+  auto column_of = [&](int p) { return (p * TEAM + t) * 8; };
+  auto exists = [&](int p) { return CHANNELS % (8 * TEAM) == 0 || p < PIECES - 1 || column_of(p) < CHANNELS; };
+  float inverse[KEPT][8];
+  auto read_inverse = [&](int p) {
+    float4 low = make_float4(0.f, 0.f, 0.f, 0.f), high = low;
+    if (exists(p)) low = __ldg((const float4*)(a.inverse + column_of(p))), high = __ldg((const float4*)(a.inverse + column_of(p) + 4));
+    float(&f)[8] = inverse[p % KEPT];
+    f[0] = low.x, f[1] = low.y, f[2] = low.z, f[3] = low.w, f[4] = high.x, f[5] = high.y, f[6] = high.z, f[7] = high.w;
+  };
+  if (KEPT == PIECES)
 #pragma unroll
-  for (int h = 0; h < 2; ++h) absmax[h] = inside[h] ? __uint_as_float(a.absmax[m0 + row + 8 * h]) : 0.f;
-#else
-  for (int i = 0; i < mine; ++i) fetch(i, i);
-  commit();
+    for (int p = 0; p < PIECES; ++p) read_inverse(p);
 #if NORM
-  float pivot[2], sum[2] = {0.f, 0.f}, square[2] = {0.f, 0.f};
+  uint4 scale[KEPT], shift[KEPT];
+  auto read_modulation = [&](int p, int batch) {
+    const size_t from = (size_t)batch * a.modulation_stride + column_of(p);
+    scale[p % KEPT] = shift[p % KEPT] = make_uint4(0, 0, 0, 0);
+    if (exists(p)) scale[p % KEPT] = __ldg((const uint4*)(a.scale + from)), shift[p % KEPT] = __ldg((const uint4*)(a.shift + from));
+  };
+  int batch_read = -1;
+#endif
+  __syncthreads();  // the barriers are ready
+
+  int parity = 0;
+  const int chunk = min(TURN, (count + TEAMS - 1) / TEAMS);
+  for (int first = team * chunk; first < count; first += TEAMS * chunk) {
+    const int stop = min(first + chunk, count);
+    for (int row = first, n; row < stop; row += n, parity ^= 1) {
+      n = stop - row;
+      Exchange& exchange = exchanges[team][parity];
+#if NORM
+      const int batch = (m0 + row) / a.length;
+      n = min(n, (batch + 1) * a.length - (m0 + row));
+      if (KEPT == PIECES && batch != batch_read) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) pivot[h] = inside[h] ? to_float(source[h][0]) : 0.f;
-  wait<0>();
-  for (int i = 0; i < mine; ++i)
+        for (int p = 0; p < PIECES; ++p) read_modulation(p, batch);
+        batch_read = batch;
+      }
+#endif
+      // Rows that the turn lacks are its last one again.
+      uint8_t* at[TURN];
+      uint4 v[TURN][PIECES];
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      if (column_of(i, b) >= a.k) continue;
+      for (int r = 0; r < TURN; ++r) {
+        const int i = row + min(r, n - 1);
+        at[r] = rows + i * STRIDE;
+        barrier_wait(arrived + 8 * i);
+      }
+#if NORM
+      float pivot[TURN], stats[2 * TURN] = {};
+      const float own_pivot = to_float(*(const uint16_t*)(rows + (row + min(lane % TURN, n - 1)) * STRIDE));
+#endif
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float f[8];
-        unpack(load_shared(piece(i, h, b)), f);
+      for (int r = 0; r < TURN; ++r) {
+#if NORM
+        const uint32_t first_value = *(const uint16_t*)at[r], fill = first_value | first_value << 16;
+        pivot[r] = to_float((uint16_t)first_value);
+#else
+        const uint32_t fill = 0;
+#endif
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          f[e] -= pivot[h];
-          square[h] = fmaf(f[e], f[e], square[h]);
+        for (int p = 0; p < PIECES; ++p) {
+          v[r][p] = make_uint4(fill, fill, fill, fill);
+          if (exists(p)) v[r][p] = *(const uint4*)(at[r] + column_of(p) * 2);
         }
-        sum[h] += ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
       }
-    }
-  reduce(0, sum, false);
-  reduce(1, square, false);
-  __syncthreads();
-  reduced(0, sum, false);
-  reduced(1, square, false);
-  __syncthreads();
-  float rstd[2], offset[2];  // (x - mean) * rstd = x * rstd + offset
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float mean = sum[h] / (float)a.k;
-    rstd[h] = rsqrtf(fmaxf(square[h] / (float)a.k - mean * mean, 0.f) + 1e-6f);
-    offset[h] = -(mean + pivot[h]) * rstd[h];
-  }
-#else
-  wait<0>();
-#endif
-  for (int i = 0; i < mine; ++i)
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const int column = column_of(i, b);
-      if (column >= a.k) continue;
-      float inverse[8];
-      *(float4*)inverse = __ldg((const float4*)(a.inverse + column));
-      *(float4*)(inverse + 4) = __ldg((const float4*)(a.inverse + column + 4));
 #if NORM
-      float s[8], t[8];
-#endif
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float f[8];
-        unpack(load_shared(piece(i, h, b)), f);
-#if NORM
-        if (h == 0 || modulation[1] != modulation[0]) {
-          unpack(__ldg((const uint4*)(a.scale + modulation[h] + column)), s);
-          unpack(__ldg((const uint4*)(a.shift + modulation[h] + column)), t);
+      for (int p = 0; p < PIECES; ++p)
+#pragma unroll
+        for (int r = 0; r < TURN; ++r) {
+          float f[8];
+          unpack(v[r][p], f);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            f[e] -= pivot[r];
+            stats[TURN + r] = fmaf(f[e], f[e], stats[TURN + r]);
+          }
+          stats[r] += ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
         }
-        uint32_t y[4];
+      fold(stats, lane);
+      if (lane % (16 / TURN) == 0) exchange.stats[lane / (16 / TURN)][warp % 4] = stats[0];
+      sync_threads(1 + team, TEAM);
+      const float4 sums = *(const float4*)exchange.stats[lane % TURN], squares = *(const float4*)exchange.stats[TURN + lane % TURN];
+      const float mean = ((sums.x + sums.y) + (sums.z + sums.w)) * (1.f / CHANNELS);
+      const float variance = ((squares.x + squares.y) + (squares.z + squares.w)) * (1.f / CHANNELS) - mean * mean;
+      const float own_rstd = rsqrtf(fmaxf(variance, 0.f) + 1e-6f), own_offset = -(mean + own_pivot) * own_rstd;
+      float rstd[TURN], offset[TURN];  // (x - mean) * rstd = x * rstd + offset
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          y[e] = pack(fmaf(fmaf(f[2 * e], rstd[h], offset[h]), s[2 * e], t[2 * e]),
-                      fmaf(fmaf(f[2 * e + 1], rstd[h], offset[h]), s[2 * e + 1], t[2 * e + 1]));
-        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(piece(i, h, b)), "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3])
-                     : "memory");
-        unpack(make_uint4(y[0], y[1], y[2], y[3]), f);
-#endif
-#pragma unroll
-        for (int e = 0; e < 8; ++e) absmax[h] = fmaxf(absmax[h], fabsf(f[e] * inverse[e]));
+      for (int r = 0; r < TURN; ++r) {
+        rstd[r] = __shfl_sync(0xffffffffu, own_rstd, r);
+        offset[r] = __shfl_sync(0xffffffffu, own_offset, r);
       }
-    }
-  reduce(0, absmax, true);
-  __syncthreads();
-  reduced(0, absmax, true);
 #endif
-  float reciprocal[2];
+      float absmax[TURN] = {}, energy[TURN] = {};
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float s = absmax[h] * (1.f / 448.f);
-    reciprocal[h] = inside[h] && s > 0.f ? 1.f / s : 0.f;
-    if (slice == 0 && quad == 0) {
-      scales[group * 16 + row + 8 * h] = reciprocal[h];
-      if (blockIdx.y == 0 && inside[h]) a.x_scale[m0 + row + 8 * h] = s;
+      for (int p = 0; p < PIECES; ++p) {
+        if (KEPT != PIECES) read_inverse(p);
+        const float(&factor)[8] = inverse[p % KEPT];
+#if NORM
+        if (KEPT != PIECES) read_modulation(p, batch);
+        float s[8], h[8];
+        unpack(scale[p % KEPT], s), unpack(shift[p % KEPT], h);
+#endif
+#pragma unroll
+        for (int r = 0; r < TURN; ++r) {
+          float f[8];
+          unpack(v[r][p], f);
+#if NORM
+          uint32_t y[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            y[e] = pack(fmaf(fmaf(f[2 * e], rstd[r], offset[r]), s[2 * e], h[2 * e]),
+                        fmaf(fmaf(f[2 * e + 1], rstd[r], offset[r]), s[2 * e + 1], h[2 * e + 1]));
+          const uint4 packed = make_uint4(y[0], y[1], y[2], y[3]);
+          if (exists(p)) *(uint4*)(at[r] + column_of(p) * 2) = packed;
+          unpack(packed, f);
+#endif
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            const float u = f[e] * factor[e];
+            absmax[r] = fmaxf(absmax[r], fabsf(u));
+            energy[r] = fmaf(u, u, energy[r]);
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < TURN; ++r) {
+        const uint32_t largest = warp_max(__float_as_uint(absmax[r]));
+        if (lane == r) exchange.absmax[r][warp % 4] = largest;
+      }
+      fold(energy, lane);
+      if (lane % (32 / TURN) == 0) exchange.squares[lane / (32 / TURN)][warp % 4] = energy[0];
+      sync_threads(1 + team, TEAM);
+      if (t < n) {
+        const uint4 l = *(const uint4*)exchange.absmax[t];
+        const float4 e = *(const float4*)exchange.squares[t];
+        const float largest = __uint_as_float(max(max(l.x, l.y), max(l.z, l.w))), s = largest * (1.f / 448.f);
+        reciprocals[row + t] = s > 0.f ? 1.f / s : 0.f;
+        a.x_scale[m0 + row + t] = s;
+        a.norms[m0 + row + t] = norm_bound((e.x + e.y) + (e.z + e.w), largest, s);
+      }
     }
   }
 
-  float d[RANK_BLOCKS][4] = {};
-  // The down-projection of a piece is read while the piece before is computed, if registers allow.
-  constexpr bool AHEAD = RANK_BLOCKS <= 4;
-  uint4 down[RANK_BLOCKS], next_down[RANK_BLOCKS];
-  auto read = [&](int i, int b) {
-    const int column = column_of(i, b);
-    const bool valid = i < mine && column < a.k;
+  // The share of a warp: tiles slice, slice + slices, ..., and 32 ranks; the warps that share a tile take turns to encode.
+  const int slices = WARPS / a.rank_parts, slice = warp % slices, part = warp / slices;
+  const int row8 = lane / 4, quad = lane % 4;  // of a fragment: its row, its 8 of 32 channels
+  uint4 down[4][2][2];  // by 32 channels, 16 ranks, half of the channels
+  auto read = [&](int tile, int b) {
+    const uint4* from = a.down + ((size_t)(tile * (a.rank / 16) + part * 2) * 8 + b * 2) * 32 + lane;
 #pragma unroll
-    for (int n = 0; n < RANK_BLOCKS; ++n)
-      next_down[n] = valid && n * 8 < a.rank ? __ldg((const uint4*)(a.down + (size_t)(n * 8 + row) * a.k + column)) : make_uint4(0, 0, 0, 0);
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        down[b][j][half] = tile < TILES && part * 2 + j < a.rank / 16 ? __ldg(from + j * 256 + half * 32) : make_uint4(0, 0, 0, 0);
   };
-  if (AHEAD) read(0, 0);
-  for (int i = 0; i < mine; ++i) {
-#if KNOWN
-    const int place = i % STAGES;
-    wait<STAGES - 2>();
-    if (i + STAGES - 1 < mine) fetch(i + STAGES - 1, (i + STAGES - 1) % STAGES);
-    commit();
-#else
-    const int place = i;
-#endif
-    const int tile = begin + slice + i * SLICES;
-    uint32_t bytes[2][8];
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const int column = column_of(i, b);
-      float factor[8] = {};
-      if (column < a.k) {
-        *(float4*)factor = __ldg((const float4*)(a.inverse + column));
-        *(float4*)(factor + 4) = __ldg((const float4*)(a.inverse + column + 4));
+  for (int b = 0; b < 4; ++b) read(slice, b);
+  if (threadIdx.x == 0) barrier_wait(arrived + 8 * ROWS);
+  __syncthreads();
+
+  // Rows that a block lacks are whatever lies there, and stay in their own columns; its memory ends with row a.rows - 1.
+  const uint8_t* y = rows + row8 * STRIDE + quad * 16;
+  const uint8_t* last_y = rows + min(ROWS - 8 + row8, a.rows - 1) * STRIDE + quad * 16;
+  float d[ROW_BLOCKS][2][4] = {};
+  for (int tile = slice, turn = 0; tile < TILES; tile += slices) {
+    const bool encoding = turn == part;
+    if (++turn == a.rank_parts) turn = 0;
+#pragma unroll
+    for (int n = 0; n < ROW_BLOCKS; ++n) {
+      const uint8_t* from = n < ROW_BLOCKS - 1 ? y + n * (8 * STRIDE) : last_y;
+      uint4 v[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        // Beyond the last channel `down` holds zeros; channels that exist stand in for those that do not.
+        v[b] = *(const uint4*)(from + (beyond(tile, b) ? 0 : tile * 256 + 64 * b));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint4 first = down[b][j][0], second = down[b][j][1];
+          mma(d[n][j], first.x, first.y, first.z, first.w, v[b].x, v[b].y);
+          mma(d[n][j], second.x, second.y, second.z, second.w, v[b].z, v[b].w);
+        }
+        if (n == ROW_BLOCKS - 1) read(tile + slices, b);
       }
-      if (!AHEAD) read(i, b);
+      if (!encoding) continue;
+      const int i = 8 * n + row8, m = m0 + i;
+      const float reciprocal = reciprocals[i];
+      uint32_t codes[8];
 #pragma unroll
-      for (int n = 0; n < RANK_BLOCKS; ++n) down[n] = next_down[n];
-      if (AHEAD) read(b == 3 ? i + 1 : i, (b + 1) % 4);
-      uint4 y[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        y[h] = load_shared(piece(place, h, b));  // zeros beyond the last channel
-        float v[8];
-        unpack(y[h], v);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = v[e] * factor[e] * reciprocal[h];
-        bytes[h][b] = to_e4m3(v[0], v[1], v[2], v[3]);
-        bytes[h][4 + b] = to_e4m3(v[4], v[5], v[6], v[7]);
+      for (int b = 0; b < 4; ++b) {
+        float factor[8] = {};
+        if (!beyond(tile, b)) {
+          *(float4*)factor = *(const float4*)(inverses + tile * 128 + 32 * b + 8 * quad);
+          *(float4*)(factor + 4) = *(const float4*)(inverses + tile * 128 + 32 * b + 8 * quad + 4);
+        }
+        encode(v[b], factor, reciprocal, codes[b], codes[4 + b]);
       }
-#pragma unroll
-      for (int n = 0; n < RANK_BLOCKS; ++n) {
-        mma(d[n], y[0].x, y[1].x, y[0].y, y[1].y, down[n].x, down[n].y);
-        mma(d[n], y[0].z, y[1].z, y[0].w, y[1].w, down[n].z, down[n].w);
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int m = m0 + row + 8 * h;
-      if (m >= a.m_pad) continue;
+      if (i >= count) continue;
       uint8_t* to = a.codes + ((size_t)tile * a.m_pad + m) * 128;
-      *(uint4*)(to + ((2 * quad) ^ (m & 7)) * 16) = make_uint4(bytes[h][0], bytes[h][1], bytes[h][2], bytes[h][3]);
-      *(uint4*)(to + ((2 * quad + 1) ^ (m & 7)) * 16) = make_uint4(bytes[h][4], bytes[h][5], bytes[h][6], bytes[h][7]);
+      *(uint4*)(to + place(quad, 0, m)) = make_uint4(codes[0], codes[1], codes[2], codes[3]);
+      *(uint4*)(to + place(quad, 1, m)) = make_uint4(codes[4], codes[5], codes[6], codes[7]);
     }
   }
   if (a.rank == 0) return;
+
+  const int width = a.rank_parts * RANKS + 4;  // the columns of a fragment meet all banks
+  float* sums = (float*)memory;  // (slices, ROWS, width)
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < RANK_BLOCKS; ++n)
+  for (int n = 0; n < ROW_BLOCKS; ++n)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sums[slice][group * 16 + row + 8 * (e / 2)][n * 8 + 2 * quad + e % 2] = d[n][e];
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sums[(slice * ROWS + 8 * n + 2 * quad + e % 2) * width + part * RANKS + 16 * j + 8 * (e / 2) + row8] = d[n][j][e];
   __syncthreads();
-  const int first = blockIdx.x * ROWS;
-  auto store = [&](int r, int c, float v) {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(v * scales[r]));
-    const int m = first + r, byte = (c % 64) * 2;
-    *(uint16_t*)((uint8_t*)a.lora + ((size_t)(c / 64) * a.m_pad + m) * 128 + (((byte / 16) ^ (m & 7)) * 16) + byte % 16) = (uint16_t)pair;
-  };
-  for (int i = threadIdx.x; i < ROWS * a.rank; i += 256) {
-    const int r = i / a.rank, c = i % a.rank;
+  for (int i = threadIdx.x; i < count * a.rank; i += THREADS) {
+    const int r = i / a.rank, c = i - r * a.rank;
     float v = 0.f;
-#pragma unroll
-    for (int s = 0; s < SLICES; ++s) v += sums[s][r][c];
-    if (first + r >= a.m_pad) continue;
-    if (gridDim.y == 1) store(r, c, v);
-    else __stcg(a.partial + ((size_t)blockIdx.y * a.m_pad + first + r) * a.rank + c, v);
-  }
-  if (gridDim.y == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(a.arrived + blockIdx.x, 1u) == gridDim.y - 1;
-    if (last) a.arrived[blockIdx.x] = 0;
-  }
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int i = threadIdx.x; i < ROWS * a.rank; i += 256) {
-    const int r = i / a.rank, c = i % a.rank;
-    if (first + r >= a.m_pad) continue;
-    float v = 0.f;
-    for (int s = 0; s < gridDim.y; ++s) v += __ldcg(a.partial + ((size_t)s * a.m_pad + first + r) * a.rank + c);
-    store(r, c, v);
+    for (int s = 0; s < slices; ++s) v += sums[(s * ROWS + r) * width + c];
+    store_lora(a.lora, a.m_pad, m0 + r, c, v * reciprocals[r]);
   }
 }

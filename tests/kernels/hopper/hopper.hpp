@@ -1,0 +1,74 @@
+// What device/instructions.cuh declares, on a CPU; to be included behind simt.hpp.
+#pragma once
+#include <map>
+
+static float to_float(uint16_t v) { return IN_FP16 ? from_fp16(v) : from_bf16(v); }
+static uint32_t pack(float low, float high) {
+  return IN_FP16 ? uint32_t(to_fp16(high)) << 16 | to_fp16(low) : uint32_t(to_bf16(high)) << 16 | to_bf16(low);
+}
+static uint32_t e4m3(float v) {
+  const uint32_t sign = __float_as_uint(v) >> 24 & 0x80;
+  if (v != v) return sign | 0x7f;
+  v = std::fmin(std::fabs(v), 448.f);
+  int exponent;
+  std::frexp(v, &exponent);
+  exponent = v == 0 ? -6 : std::max(exponent - 1, -6);
+  const uint32_t eighths = uint32_t(std::nearbyint(std::ldexp(v, 3 - exponent)));  // 8..16, below 8 if subnormal
+  return sign | (((exponent + 6) << 3) + eighths);
+}
+static uint32_t to_e4m3(float a, float b, float c, float d) { return e4m3(a) | e4m3(b) << 8 | e4m3(c) << 16 | e4m3(d) << 24; }
+static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  float* sums[4] = {d, d + 1, d + 2, d + 3};
+  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  multiply_16bit(sums, a, b, IN_FP16 ? from_fp16 : from_bf16);
+}
+
+static uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+static Barrier named[16];
+static void sync_threads(int id, int count) { meet(named[id], count); }
+static float __shfl_sync(unsigned, float value, int from) {
+  auto& mine = exchange[threadIdx.x / 32];
+  memcpy(mine[threadIdx.x % 32], &value, sizeof value);
+  meet_warp();
+  memcpy(&value, mine[from], sizeof value);
+  meet_warp();
+  return value;
+}
+static uint32_t warp_max(uint32_t v) {
+  auto& mine = exchange[threadIdx.x / 32];
+  mine[threadIdx.x % 32][0] = v;
+  meet_warp();
+  for (int i = 0; i < 32; i++) v = std::max(v, uint32_t(mine[i][0]));
+  meet_warp();
+  return v;
+}
+
+// A copy of the copy engine is made when its barrier is waited for; until then its bytes are NaN.
+struct Bulk { char* to; const char* from; int bytes; bool done; };
+static std::map<uint32_t, Bulk> bulks;
+static void barrier_init(uint32_t bar) { bulks.erase(bar); }
+static void barriers_ready() {}
+static void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
+  if (size_t(from) % 16 || size_t(shared(to)) % 16 || bytes % 16 || bulks.count(bar)) misaligned = true;
+  memset(shared(to), 0xff, bytes);
+  bulks[bar] = {shared(to), static_cast<const char*>(from), bytes, false};
+}
+static void barrier_wait(uint32_t bar) {
+  while (!bulks.count(bar)) yield_();
+  Bulk& bulk = bulks[bar];
+  if (!bulk.done) memcpy(bulk.to, bulk.from, bulk.bytes);
+  bulk.done = true;
+}
+
+// cp.async: see simt.hpp.
+static void copy_async(uint32_t to, const void* from, bool inside) {
+  static const char nothing[16] = {};
+  cp_async_cg_shared_global_L2_128B(to, inside ? from : nothing);
+}
+static void commit() { cp_async_commit_group(); }
+template <int N>
+static void wait() { cp_async_wait_group(N); }
+static void __threadfence() {}
+template <class V> static void __stcg(V* p, V v) { *p = v; }
+template <class V> static V __ldcg(const V* p) { return *p; }
+static unsigned atomicAdd(unsigned* p, unsigned v) { return (*p += v) - v; }

@@ -1,0 +1,131 @@
+"""The quantizers' device code on the CPU: their instructions as C++ functions (hopper.hpp, and simt.hpp of ../cuda)."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_hopper_backend import check_norms, check_quantized
+from torch import Tensor
+
+from support import outlier_input
+from tonfa.kernels.cuda.kernel import Kernel, Struct, _device_code
+from tonfa.kernels.hopper import inputs, quantize, quantize_known
+from tonfa.ops import fused
+from tonfa.ops import quantize as quantize_op
+from tonfa.ops.activation import InputWeights
+
+COMPILER = shutil.which("g++")
+HERE = Path(__file__).parent
+BF16, FP16 = torch.bfloat16, torch.float16
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="needs g++"),
+    pytest.mark.usefixtures("_simulated"),
+]
+
+
+@lru_cache(maxsize=64)
+def library(kernel: Kernel, folder: Path) -> Any:
+    place = folder / re.sub(r"\W+", "_", str(kernel))
+    place.mkdir(exist_ok=True)
+    for name, text in _device_code("tonfa.kernels.hopper").items():
+        memory = r"alignas(128) static uint8_t memory[232448];"
+        (place / name).write_text(
+            re.sub(r"extern __shared__ .*? memory\[\];", memory, text).replace("#pragma unroll", "")
+        )
+    (place / "instructions.cuh").write_text("")
+    (struct,) = kernel.parameters
+    (place / "main.cpp").write_text(
+        f'#include "simt.hpp"\n#include "hopper.hpp"\n#include "{kernel.name}.cu"\n{struct.layout()}'
+        'extern "C" int run(unsigned x, unsigned y, unsigned threads, void* parameter) {\n'
+        f"  return run_blocks({{x, y, 1}}, threads, [&] {{ {kernel.name}(*static_cast<{struct.__name__}*>(parameter)); }});\n}}\n"
+    )
+    assert COMPILER is not None
+    options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
+    defines = [f"-D{name}={value}" for name, value in kernel.defines]
+    folders = [f"-I{HERE}", f"-I{HERE.parent / 'cuda'}"]
+    command = [COMPILER, *options, *defines, *folders, "-o", str(place / "run.so"), str(place / "main.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:5000]
+    return ctypes.CDLL(str(place / "run.so")).run
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("simulated")
+
+
+@pytest.fixture
+def _simulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], parameter: Struct) -> None:
+        x, y = (*grid, 1)[:2]
+        status = library(kernel, folder)(x, y, kernel.threads, ctypes.byref(parameter))
+        assert status == 0, f"{kernel}: {status}"
+
+    for module in (quantize, quantize_known):
+        monkeypatch.setattr(module, "launch", launch)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def weights(k: int, rank: int, dtype: torch.dtype) -> InputWeights:
+    generator = torch.Generator().manual_seed(k + rank)
+    smooth = (torch.rand(k, generator=generator) + 0.5).to(dtype)
+    return InputWeights(smooth, (torch.randn(k, rank, generator=generator) / k**0.5).to(dtype), False, "fp8")
+
+
+def rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    return outlier_input(m, k, torch.Generator().manual_seed(m), dtype)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "rank", "dtype"),
+    [
+        (1, 64, 16, BF16),
+        (3, 192, 0, BF16),
+        (79, 1088, 32, FP16),  # two blocks of 40 and 39 rows
+        (35, 1024, 48, BF16),
+        (5, 3072, 256, BF16),
+        (20, 6208, 80, FP16),
+    ],
+)
+def test_quantize(m: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    w, x = weights(k, rank, dtype), rows(m, k, dtype)
+    x[m // 2 + 1 :] = 0
+    found = quantize.quantize(x, inputs.pack_input(w))
+    check_quantized(found, quantize_op.reference(x, w))
+    check_norms(found)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "k", "rank", "dtype"),
+    [(1, 2, 64, 16, FP16), (3, 23, 192, 32, BF16), (2, 34, 3072, 64, BF16), (1, 3, 5120, 16, BF16)],
+)
+def test_norm_modulate_quantize(batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    w = weights(k, rank, dtype)
+    x = torch.cat([rows(batch * length, k, dtype).view(batch, length, k) + 3] * 2, dim=1)[:, :length]
+    shift, scale, _ = torch.randn(batch, 3 * k, generator=torch.Generator().manual_seed(0)).to(dtype).chunk(3, dim=1)
+    found = quantize.norm_modulate_quantize(x, scale, shift, inputs.pack_input(w))
+    check_quantized(found, quantize_op.reference(fused.norm_modulate(x, scale, shift), w))
+    check_norms(found)
+
+
+@pytest.mark.parametrize(("m", "k", "rank"), [(70, 1024, 32), (9, 192, 48)])
+def test_quantize_known(m: int, k: int, rank: int) -> None:
+    w, x = weights(k, rank, BF16), rows(m, k, BF16)
+    packed = inputs.pack_input(w)
+    absmax, arrived = quantize_known.zeros(m, x.device)
+    absmax.copy_((x.float() * packed.inverse).abs().amax(1))
+    check_quantized(quantize_known.quantize_known(x, packed, absmax, arrived), quantize_op.reference(x, w))
+    assert not arrived.any()
