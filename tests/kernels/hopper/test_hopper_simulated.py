@@ -39,7 +39,9 @@ def library(kernel: Kernel, folder: Path) -> Any:
     place.mkdir(exist_ok=True)
     for name, text in _device_code("tonfa.kernels.hopper").items():
         memory = r"alignas(128) static uint8_t memory[232448];"
-        (place / name).write_text(re.sub(r"extern __shared__ .*? memory\[\];", memory, text).replace("#pragma unroll", ""))
+        (place / name).write_text(
+            re.sub(r"extern __shared__ .*? memory\[\];", memory, text).replace("#pragma unroll", "")
+        )
     (place / "instructions.cuh").write_text("")
     (struct,) = kernel.parameters
     (place / "main.cpp").write_text(
