@@ -11,7 +11,7 @@ from torch import Tensor
 from support import outlier_input, random_modulation, random_weights, relative_error
 from tonfa import dispatch
 from tonfa.formats import FP8, INT4
-from tonfa.kernels.hopper import layout, tiles
+from tonfa.kernels.hopper import layout, quantize, tiles
 from tonfa.kernels.hopper import product as products
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.expand import expand, wide_shape
@@ -142,10 +142,42 @@ def test_weights_that_stay_expanded_give_the_same() -> None:
     assert torch.equal(ours.product(quantized, packed), ours.product(quantized, replace(packed, wide=wide)))
 
 
+@pytest.mark.parametrize(("rows", "channels", "expected"), [(4608, 3072, 35), (4096, 3072, 32), (512, 3072, 4)])
+def test_rows_of_a_block(rows: int, channels: int, expected: int) -> None:
+    assert quantize.rows_of_block(rows, channels, 132) == expected
+    assert quantize.rows_of_block(3 * rows, channels, 132) <= 40
+    assert quantize.rows_of_block(1, channels, 132) == 1
+
+
+def test_fragments_of_down() -> None:
+    down = torch.arange(32 * 192).view(32, 192).to(torch.float64)
+    fragments = layout.pack_fragments(down)
+    assert fragments.shape == (2, 2, 8, 32, 8)
+    # PTX ISA, fragment A of m16n8k16: registers hold row lane / 4, row + 8, then both again for the upper 8 of k
+    lane, ranks, channels = 13, (16 + 3, 16 + 3 + 8), 32 + 8 * 1 + 4
+    found = fragments[0, 1, 2 * 1 + 1, lane].view(2, 2, 2)
+    for high in (0, 1):
+        for half in (0, 1):
+            assert found[high, half].tolist() == [down[ranks[half], channels + 2 * high + i].item() for i in (0, 1)]
+    assert not fragments[1, :, 4:].any() and torch.equal(fragments.sum(), down.sum())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("m", "k", "rank"), [(1, 64, 16), (77, 192, 0), (300, 3072, 32), (4608, 3072, 64), (50, 12288, 32)]
+    ("m", "k", "rank"),
+    [
+        (1, 64, 16),
+        (77, 192, 0),
+        (300, 3072, 32),
+        (4608, 3072, 64),
+        (4096, 3072, 32),
+        (512, 3072, 32),
+        (7, 3072, 256),
+        (9300, 1024, 48),
+        (40, 8192, 96),
+        (50, 12288, 32),
+    ],
 )
 def test_quantize(m: int, k: int, rank: int, dtype: torch.dtype) -> None:
     w, x = make(64, k, rank, dtype), rows(m, k, dtype)
@@ -156,16 +188,32 @@ def test_quantize(m: int, k: int, rank: int, dtype: torch.dtype) -> None:
     check_quantized(found, theirs.quantize(x, weights))
     again = ours.quantize(x, ours.pack_input(weights))
     assert torch.equal(plain(found).codes.view(torch.uint8), plain(again).codes.view(torch.uint8))
+    if k <= 8192:
+        check_norms(found)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "length", "k", "rank"), [(1, 4608, 3072, 64), (3, 37, 256, 32), (2, 5, 192, 16), (1, 9, 8192, 16)]
+    ("batch", "length", "k", "rank"),
+    [
+        (1, 4608, 3072, 64),
+        (1, 4096, 3072, 32),
+        (1, 512, 3072, 32),
+        (2, 2304, 3072, 32),
+        (1, 7, 3072, 32),
+        (1, 1, 3072, 128),
+        (3, 37, 256, 32),
+        (2, 5, 192, 16),
+        (64, 1, 64, 16),
+        (1, 9, 8192, 16),
+        (1, 9, 12288, 16),
+    ],
 )
 def test_norm_modulate_quantize(batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> None:
     weights = input_of(make(64, k, rank, dtype))
     x = rows(batch * length, k, dtype).view(batch, length, k)
+    x[:, length // 2 + 1 :] = 3
     modulation = torch.randn(batch, 3 * k, device="cuda").to(dtype)
     shift, scale, _ = modulation.chunk(3, dim=1)
     ours, theirs = kernels(), kernels("reference")
@@ -174,6 +222,47 @@ def test_norm_modulate_quantize(batch: int, length: int, k: int, rank: int, dtyp
     check_quantized(found, expected)
     strided = torch.cat([x, x], dim=1)[:, :length]
     check_quantized(ours.norm_modulate_quantize(strided, scale, shift, ours.pack_input(weights)), expected)
+    if k <= 8192:
+        check_norms(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True])
+def test_norms_are_tight(norm: bool) -> None:
+    weights, x = input_of(make(64, 3072, 32)), torch.randn(1, 600, 3072, device="cuda").bfloat16()
+    ours = kernels()
+    one, nothing = torch.ones(1, 3072, device="cuda").bfloat16(), torch.zeros(1, 3072, device="cuda").bfloat16()
+    packed = ours.pack_input(weights)
+    found = ours.norm_modulate_quantize(x, one, nothing, packed) if norm else ours.quantize(x, packed)
+    check_norms(found, 1.10)
+    for part in found.split((16, 16)):
+        assert isinstance(part, HopperActivation) and isinstance(found, HopperActivation) and part.norms is found.norms
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_sizes(size: float) -> None:
+    weights = input_of(make(64, 3072, 32))
+    x = (rows(40, 3072).float() * size).bfloat16()
+    x[3, 1:] = 0  # one value alone
+    ours = kernels()
+    found = ours.quantize(x, ours.pack_input(weights))
+    check_quantized(found, kernels("reference").quantize(x, weights))
+    check_norms(found)
+
+
+@pytest.mark.gpu
+def test_a_row_does_not_depend_on_the_others() -> None:
+    weights, x = input_of(make(64, 3072, 32)), rows(700, 3072).view(1, 700, 3072)
+    scale, shift = torch.randn(2, 1, 3072, device="cuda").bfloat16()
+    ours = kernels()
+    packed = ours.pack_input(weights)
+    whole = plain(ours.norm_modulate_quantize(x, scale, shift, packed))
+    for start, stop in ((0, 1), (3, 10), (100, 700)):
+        part = plain(ours.norm_modulate_quantize(x[:, start:stop], scale, shift, packed))
+        assert torch.equal(part.codes.view(torch.uint8), whole.codes[start:stop].view(torch.uint8))
+        assert part.lowrank is not None and whole.lowrank is not None
+        assert torch.equal(part.lowrank, whole.lowrank[start:stop])
 
 
 @pytest.mark.gpu

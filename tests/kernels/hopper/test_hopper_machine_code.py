@@ -22,8 +22,8 @@ KERNELS = [
     product.kernel(torch.float16, PLAIN, 128),
     product.kernel(torch.bfloat16, GELU_QUANTIZE, 192, 32),
     product.kernel(torch.float16, GELU_QUANTIZE, 192, 0),
-    quantize.kernel(torch.bfloat16, True, 3072, 35),
-    quantize.kernel(torch.bfloat16, False, 3072, 35),
+    *(quantize.kernel(torch.bfloat16, norm, 3072, rows) for norm in (True, False) for rows in (35, 32, 24, 16, 4)),
+    *(quantize.kernel(torch.float16, True, *shape) for shape in ((64, 35), (3072, 35), (5120, 21), (8192, 12))),
     quantize_known.kernel(torch.bfloat16, 32),
 ]
 
@@ -38,9 +38,12 @@ def test_kernel(kernel: Kernel, tmp_path: Path) -> None:
         kind: sum(n for name, n in code.instructions.items() if name.startswith(kind))
         for kind in ("QGMMA.64x", "HMMA.16816", "UBLKCP", "LDL", "STL")
     }
-    assert code.stack <= 32, "registers are spilled"
+    assert code.stack <= (0 if kernel.name == "quantize" else 32), "registers are spilled"
     if kernel.name == "product":
         assert count["QGMMA.64x"] % 4 == 0 and count["QGMMA.64x"] and count["UBLKCP"]
         assert code.registers * kernel.threads <= 65536 and code.registers in (128, 168)  # exchanged from there
+    elif kernel.name == "quantize":
+        assert count["HMMA.16816"] and count["UBLKCP"] and code.registers <= 168
+        assert code.shared + kernel.shared <= 228 << 10  # with 1 KB that is not the kernel's
     else:
-        assert count["HMMA.16816"] and code.registers * kernel.threads <= 65536
+        assert count["HMMA.16816"] and code.registers <= 128

@@ -18,8 +18,9 @@ constexpr int PIECES = (CHANNELS + 8 * TEAM - 1) / (8 * TEAM);  // of a row, 8 c
 constexpr int TILES = (CHANNELS + 127) / 128;
 constexpr int STRIDE = 2 * CHANNELS + 64;  // of rows in shared memory: two rows' 64 bytes meet all banks
 constexpr int TURN = PIECES <= 5 ? 2 : 1;
-constexpr int KEPT = PIECES <= 4 ? PIECES : 1;  // pieces whose weights stay in registers
+constexpr int KEPT = PIECES <= 3 ? PIECES : 1;  // pieces whose weights stay in registers
 constexpr int RANKS = 32;  // of a warp
+constexpr uint32_t ONES = IN_FP16 ? 0x3C003C00u : 0x3F803F80u;
 
 struct Quantize {
   const uint16_t* x;
@@ -104,23 +105,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
 #pragma unroll
     for (int p = 0; p < PIECES; ++p) read_inverse(p);
 #if NORM
-  uint4 scale[KEPT], shift[KEPT];
+  float scale[KEPT][8], shift[KEPT][8];
   auto read_modulation = [&](int p, int batch) {
     const size_t from = (size_t)batch * a.modulation_stride + column_of(p);
-    scale[p % KEPT] = shift[p % KEPT] = make_uint4(0, 0, 0, 0);
-    if (exists(p)) scale[p % KEPT] = __ldg((const uint4*)(a.scale + from)), shift[p % KEPT] = __ldg((const uint4*)(a.shift + from));
+    const uint4 zeros = make_uint4(0, 0, 0, 0);
+    unpack(exists(p) ? __ldg((const uint4*)(a.scale + from)) : zeros, scale[p % KEPT]);
+    unpack(exists(p) ? __ldg((const uint4*)(a.shift + from)) : zeros, shift[p % KEPT]);
   };
   int batch_read = -1;
 #endif
   __syncthreads();  // the barriers are ready
 
-  int parity = 0;
+  int turn = 0;
   const int chunk = min(TURN, (count + TEAMS - 1) / TEAMS);
   for (int first = team * chunk; first < count; first += TEAMS * chunk) {
     const int stop = min(first + chunk, count);
-    for (int row = first, n; row < stop; row += n, parity ^= 1) {
+    for (int row = first, n; row < stop; row += n, ++turn) {
       n = stop - row;
-      Exchange& exchange = exchanges[team][parity];
+      Exchange& exchange = exchanges[team][turn % 2];
 #if NORM
       const int batch = (m0 + row) / a.length;
       n = min(n, (batch + 1) * a.length - (m0 + row));
@@ -158,10 +160,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
         }
       }
 #if NORM
+      // Squares are taken of the distance to the row's first value. Sums come from mma with ones, which also adds up
+      // four lanes (both halves of its rows are this row); values that do not exist are that first value.
+      float sums[TURN][4] = {};
 #pragma unroll
       for (int p = 0; p < PIECES; ++p)
 #pragma unroll
         for (int r = 0; r < TURN; ++r) {
+          mma(sums[r], v[r][p].x, v[r][p].y, v[r][p].z, v[r][p].w, ONES, ONES);
           float f[8];
           unpack(v[r][p], f);
 #pragma unroll
@@ -169,14 +175,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
             f[e] -= pivot[r];
             stats[TURN + r] = fmaf(f[e], f[e], stats[TURN + r]);
           }
-          stats[r] += ((f[0] + f[1]) + (f[2] + f[3])) + ((f[4] + f[5]) + (f[6] + f[7]));
         }
+#pragma unroll
+      for (int r = 0; r < TURN; ++r) stats[r] = sums[r][0] + sums[r][2];  // in each of four lanes
       fold(stats, lane);
       if (lane % (16 / TURN) == 0) exchange.stats[lane / (16 / TURN)][warp % 4] = stats[0];
       sync_threads(1 + team, TEAM);
-      const float4 sums = *(const float4*)exchange.stats[lane % TURN], squares = *(const float4*)exchange.stats[TURN + lane % TURN];
-      const float mean = ((sums.x + sums.y) + (sums.z + sums.w)) * (1.f / CHANNELS);
-      const float variance = ((squares.x + squares.y) + (squares.z + squares.w)) * (1.f / CHANNELS) - mean * mean;
+      const float4 total = *(const float4*)exchange.stats[lane % TURN], squares = *(const float4*)exchange.stats[TURN + lane % TURN];
+      const float sum = fmaf(-8.f * TEAM * PIECES, own_pivot, 0.25f * ((total.x + total.y) + (total.z + total.w)));
+      const float mean = sum * (1.f / CHANNELS);  // from the pivot on
+      const float variance = fmaf(-mean, mean, ((squares.x + squares.y) + (squares.z + squares.w)) * (1.f / CHANNELS));
       const float own_rstd = rsqrtf(fmaxf(variance, 0.f) + 1e-6f), own_offset = -(mean + own_pivot) * own_rstd;
       float rstd[TURN], offset[TURN];  // (x - mean) * rstd = x * rstd + offset
 #pragma unroll
@@ -192,8 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
         const float(&factor)[8] = inverse[p % KEPT];
 #if NORM
         if (KEPT != PIECES) read_modulation(p, batch);
-        float s[8], h[8];
-        unpack(scale[p % KEPT], s), unpack(shift[p % KEPT], h);
+        const float(&s)[8] = scale[p % KEPT], (&h)[8] = shift[p % KEPT];
 #endif
 #pragma unroll
         for (int r = 0; r < TURN; ++r) {
@@ -225,13 +232,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
       fold(energy, lane);
       if (lane % (32 / TURN) == 0) exchange.squares[lane / (32 / TURN)][warp % 4] = energy[0];
       sync_threads(1 + team, TEAM);
-      if (t < n) {
-        const uint4 l = *(const uint4*)exchange.absmax[t];
-        const float4 e = *(const float4*)exchange.squares[t];
+      if (warp % 4 == (team + turn) % 4 && lane < n) {  // not always the same warp, nor that of one scheduler
+        const uint4 l = *(const uint4*)exchange.absmax[lane];
+        const float4 e = *(const float4*)exchange.squares[lane];
         const float largest = __uint_as_float(max(max(l.x, l.y), max(l.z, l.w))), s = largest * (1.f / 448.f);
-        reciprocals[row + t] = s > 0.f ? 1.f / s : 0.f;
-        a.x_scale[m0 + row + t] = s;
-        a.norms[m0 + row + t] = norm_bound((e.x + e.y) + (e.z + e.w), largest, s);
+        const int i = row + lane;
+        reciprocals[i] = s > 0.f ? 1.f / s : 0.f;
+        a.x_scale[m0 + i] = s;
+        a.norms[m0 + i] = norm_bound((e.x + e.y) + (e.z + e.w), largest, s);
       }
     }
   }
