@@ -17,6 +17,15 @@ static uint32_t e4m3(float v) {
   return sign | (((exponent + 6) << 3) + eighths);
 }
 static uint32_t to_e4m3(float a, float b, float c, float d) { return e4m3(a) | e4m3(b) << 8 | e4m3(c) << 16 | e4m3(d) << 24; }
+static uint32_t from_e4m3(uint16_t pair) {
+  float v[2];
+  for (int i = 0; i < 2; i++) {
+    const uint32_t code = pair >> 8 * i & 0xff, exponent = code >> 3 & 15, eighths = code & 7;
+    const float size = exponent ? std::ldexp(8.f + eighths, int(exponent) - 10) : std::ldexp(float(eighths), -9);
+    v[i] = (code & 0x7f) == 0x7f ? NAN : code & 0x80 ? -size : size;
+  }
+  return pack(v[0], v[1]);
+}
 static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   float* sums[4] = {d, d + 1, d + 2, d + 3};
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};

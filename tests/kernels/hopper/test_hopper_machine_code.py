@@ -24,6 +24,8 @@ KERNELS = [
     product.kernel(torch.float16, GELU_QUANTIZE, 192, 0),
     *(quantize.kernel(torch.bfloat16, norm, 3072, rows) for norm in (True, False) for rows in (35, 32, 24, 16, 4)),
     *(quantize.kernel(torch.float16, True, *shape) for shape in ((64, 35), (3072, 35), (5120, 21), (8192, 12))),
+    *(quantize.kernel(dtype, False, 3072, rows, True) for dtype in (torch.bfloat16, torch.float16) for rows in (35, 4)),
+    quantize.kernel(torch.bfloat16, False, 8192, 12, True),
     quantize_known.kernel(torch.bfloat16, 32),
 ]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tonfa.kernels.cuda.kernel import Kernel, Struct, _device_code
 from tonfa.kernels.hopper import inputs, quantize, quantize_known
 from tonfa.ops import fused
 from tonfa.ops import quantize as quantize_op
-from tonfa.ops.activation import InputWeights
+from tonfa.ops.activation import InputWeights, ScaledFP8
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
@@ -47,7 +48,8 @@ def library(kernel: Kernel, folder: Path) -> Any:
     (place / "main.cpp").write_text(
         f'#include "simt.hpp"\n#include "hopper.hpp"\n#include "{kernel.name}.cu"\n{struct.layout()}'
         'extern "C" int run(unsigned x, unsigned y, unsigned threads, void* parameter) {\n'
-        f"  return run_blocks({{x, y, 1}}, threads, [&] {{ {kernel.name}(*static_cast<{struct.__name__}*>(parameter)); }});\n}}\n"
+        f"  auto& a = *static_cast<{struct.__name__}*>(parameter);\n"
+        f"  return run_blocks({{x, y, 1}}, threads, [&] {{ {kernel.name}(a); }});\n}}\n"
     )
     assert COMPILER is not None
     options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
@@ -119,6 +121,36 @@ def test_norm_modulate_quantize(batch: int, length: int, k: int, rank: int, dtyp
     found = quantize.norm_modulate_quantize(x, scale, shift, inputs.pack_input(w))
     check_quantized(found, quantize_op.reference(fused.norm_modulate(x, scale, shift), w))
     check_norms(found)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "k", "rank", "dtype"),
+    [
+        (1, 1, 64, 16, FP16),
+        (2, 39, 192, 32, BF16),
+        (1, 7, 3072, 64, BF16),
+        (2, 3, 1088, 48, FP16),
+        (1, 5, 6208, 16, BF16),
+    ],
+)
+def test_quantize_fp8(batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    """Of codes that are a part of the tokens, as a double block's are; among them zeros, subnormals and the largest."""
+    w = weights(k, rank, dtype)
+    w = replace(
+        w, smooth_factor=w.smooth_factor.float() * torch.linspace(1, 1.01, k)
+    )  # quotients of few bits make ties
+    whole = rows(batch * (length + 3), k, torch.float32).view(batch, -1, k) * 20
+    whole[:, 3] = 0
+    whole[:, -1, ::7] = 448
+    whole[:, -1, 1::7] = 2**-9
+    x = ScaledFP8(whole.clamp(-448, 448).to(torch.float8_e4m3fn), torch.tensor([0.25]), dtype)[:, 3:]
+    found = quantize.quantize_fp8(x, inputs.pack_input(w))
+    check_quantized(found, fused.quantize_fp8(Reference, x, w))
+    check_norms(found)
+
+
+class Reference:
+    quantize = staticmethod(quantize_op.reference)
 
 
 @pytest.mark.parametrize(("m", "k", "rank"), [(70, 1024, 32), (9, 192, 48)])

@@ -31,7 +31,6 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
-    from tonfa.kernels.attention.fp8_dequantize import dequantize
     from tonfa.kernels.cuda import w4a16 as modulations
     from tonfa.kernels.hopper import inputs
     from tonfa.kernels.hopper import product as products
@@ -48,9 +47,8 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     quantize = route(quantizers.quantize, theirs["quantize"], 1)
     product = route(products.product, theirs["product"], 1)
 
-    def quantize_fp8(x: ScaledFP8, w: Any) -> QuantizedActivation:
-        quantized: QuantizedActivation = quantize(dequantize(x.codes.contiguous(), x.scale, x.dtype), w)
-        return quantized
+    def other_quantize_fp8(x: ScaledFP8, w: Any) -> Any:
+        return theirs["quantize"](x.dequantize(), w)
 
     def product_gelu_quantize(x: QuantizedActivation, w: Any, following: Any) -> Any:
         mine = isinstance(w, products.PackedProduct)
@@ -82,7 +80,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "w4a16": route(modulations.w4a16, theirs["w4a16"], 1),
         "w4a16_group": route(modulations.w4a16_group, theirs["w4a16_group"], 1),
         "quantize": quantize,
-        "quantize_fp8": quantize_fp8,
+        "quantize_fp8": route(quantizers.quantize_fp8, other_quantize_fp8, 1),
         "product": product,
         "norm_modulate_quantize": route(quantizers.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
         "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),

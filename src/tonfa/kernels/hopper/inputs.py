@@ -50,12 +50,18 @@ def pack_input(w: InputWeights) -> PackedInput:
     return PackedInput(w.smooth_factor.detach().float().reciprocal(), down, fragments, down.dtype)
 
 
-def rows_of(x: Tensor, w: PackedInput, what: str) -> Tensor:
+def rows_of(
+    x: Tensor,  # (..., K)
+    w: PackedInput,
+    dtype: torch.dtype,  # x's, or the one that its codes stand for
+    what: str,
+) -> Tensor:
     """(B, L, K) whose rows the kernels can read where they are."""
     check_input(x, w.inverse)
-    if x.dtype != w.dtype:
-        raise FormatError(f"{what}: the input is {x.dtype}, the weights are {w.dtype}; convert one of them")
+    if dtype != w.dtype:
+        raise FormatError(f"{what}: the input is {dtype}, the weights are {w.dtype}; convert one of them")
     if x.ndim != 3:
         x = x.reshape(1, -1, x.shape[-1])
-    readable = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    whole = 16 // x.element_size()
+    readable = x.stride(2) == 1 and x.stride(0) % whole == 0 and x.stride(1) % whole == 0 and x.data_ptr() % 16 == 0
     return x if readable else x.contiguous()

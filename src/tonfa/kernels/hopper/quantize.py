@@ -22,6 +22,7 @@ from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
 from tonfa.kernels.hopper.device_facts import multiprocessors
 from tonfa.kernels.hopper.inputs import LARGEST_CHANNELS, PackedInput, rows_of
 from tonfa.kernels.hopper.quantize_known import quantize_known
+from tonfa.ops.activation import ScaledFP8
 from tonfa.ops.fused import norm_modulate
 
 _WARPS = 12
@@ -34,7 +35,10 @@ class Quantize(Struct):
     """The kernel's parameter."""
 
     _fields_ = [  # noqa: RUF012
-        *((name, c_void_p) for name in ("x", "scale", "shift", "inverse", "down", "codes", "x_scale", "norms", "lora")),
+        *(
+            (name, c_void_p)
+            for name in ("x", "unit", "scale", "shift", "inverse", "down", "codes", "x_scale", "norms", "lora")
+        ),
         ("batch_stride", c_int64),
         ("row_stride", c_int64),
         *((name, c_int32) for name in ("m", "m_pad", "rank", "length", "modulation_stride", "rows", "rank_parts")),
@@ -60,26 +64,39 @@ def rank_parts(rank: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def kernel(dtype: torch.dtype, norm: bool, channels: int, rows: int) -> Kernel:
+def kernel(dtype: torch.dtype, norm: bool, channels: int, rows: int, from_fp8: bool = False) -> Kernel:
     """The kernel for rows of so many channels, for blocks of so many rows."""
     blocks = -(-rows // 8)
-    values = {"NORM": norm, "CHANNELS": channels, "ROW_BLOCKS": blocks, "IN_FP16": dtype == torch.float16}
+    values = {
+        "NORM": norm,
+        "FROM_FP8": from_fp8,
+        "CHANNELS": channels,
+        "ROW_BLOCKS": blocks,
+        "IN_FP16": dtype == torch.float16,
+    }
     defines = tuple((name, str(int(value))) for name, value in values.items())
     shared = min(_shared_bytes(channels, 8 * blocks), _SHARED)
     return Kernel("quantize", defines, (Quantize,), 32 * _WARPS, shared, "tonfa.kernels.hopper", "a")
 
 
-def _run(x: Tensor, w: PackedInput, scale: Tensor | None = None, shift: Tensor | None = None) -> HopperActivation:
+def _run(
+    x: Tensor,  # (B, L, K)
+    w: PackedInput,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    unit: Tensor | None = None,  # of x, if it is e4m3
+) -> HopperActivation:
     (batch, length, k), device = x.shape, x.device
     m = batch * length
     norms = torch.empty(m, device=device)
-    out = empty_activation(m, k, w.rank, x.dtype, device, norms)
+    out = empty_activation(m, k, w.rank, w.dtype, device, norms)
     if m == 0:
         return out
     assert out.scales is not None and out.lowrank is not None and w.fragments is not None
     rows = rows_of_block(m, k, multiprocessors(device))
     parameters = Quantize(
         x=x.data_ptr(),
+        unit=None if unit is None else unit.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
         shift=None if shift is None else shift.data_ptr(),
         inverse=w.inverse.data_ptr(),
@@ -98,7 +115,7 @@ def _run(x: Tensor, w: PackedInput, scale: Tensor | None = None, shift: Tensor |
         rows=rows,
         rank_parts=rank_parts(w.rank),
     )
-    launch(kernel(x.dtype, scale is not None, k, rows), device, (-(-m // rows),), parameters)
+    launch(kernel(w.dtype, scale is not None, k, rows, unit is not None), device, (-(-m // rows),), parameters)
     return out
 
 
@@ -107,10 +124,20 @@ def quantize(
     w: PackedInput,
 ) -> HopperActivation:
     """Codes, scales, norms and lowrank of the smoothed input; no norms beyond LARGEST_CHANNELS."""
-    x = rows_of(x, w, "quantize")
+    x = rows_of(x, w, x.dtype, "quantize")
     if w.channels > LARGEST_CHANNELS:
         return quantize_known(x, w, (x.float() * w.inverse).abs().amax(2).flatten())
     return _run(x, w)
+
+
+def quantize_fp8(
+    x: ScaledFP8,  # (..., K)
+    w: PackedInput,
+) -> HopperActivation:
+    """The same for e4m3 with one factor, whose bytes alone are read."""
+    if w.channels > LARGEST_CHANNELS:
+        return quantize(x.dequantize(), w)
+    return _run(rows_of(x.codes, w, x.dtype, "quantize_fp8"), w, unit=x.scale)
 
 
 def norm_modulate_quantize(
@@ -122,7 +149,7 @@ def norm_modulate_quantize(
     """LayerNorm, modulation and quantization of the next input."""
     if w.channels > LARGEST_CHANNELS:
         return quantize(norm_modulate(x, scale, shift), w)
-    x = rows_of(x, w, "norm_modulate_quantize")
+    x = rows_of(x, w, x.dtype, "norm_modulate_quantize")
     readable = scale.stride() == shift.stride() and scale.stride(1) == 1 and scale.stride(0) % 8 == 0
     if not (readable and scale.data_ptr() % 16 == shift.data_ptr() % 16 == 0):
         scale, shift = aligned(scale), aligned(shift)

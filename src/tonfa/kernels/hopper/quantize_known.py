@@ -70,7 +70,7 @@ def quantize_known(
     arrived: Tensor | None = None,  # (M/64,) 32-bit zeros, which stay zeros
 ) -> HopperActivation:
     """Codes, scales and lowrank of the smoothed input; no norms."""
-    x = rows_of(x, w, "quantize")
+    x = rows_of(x, w, x.dtype, "quantize")
     (batch, length, k), device = x.shape, x.device
     out = empty_activation(batch * length, k, w.rank, x.dtype, device)
     if out.rows == 0:

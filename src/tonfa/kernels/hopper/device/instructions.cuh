@@ -35,6 +35,17 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
       : "f"(a), "f"(b), "f"(c), "f"(d));
   return v;
 }
+__device__ __forceinline__ uint32_t from_e4m3(uint16_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+#if IN_FP16
+  return halves;
+#else
+  float low, high;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(halves));
+  return pack(low, high);
+#endif
+}
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
 #if IN_FP16
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -1,9 +1,10 @@
 // The input of an SVDQuant linear on Hopper, in one kernel: LayerNorm and modulation (NORM), smoothing, e4m3 rows, a
-// bound of their norms, low-rank down-projection. Written for NVRTC. NORM, CHANNELS (K), ROW_BLOCKS (of 8 rows),
-// IN_FP16 are defined by the caller.
+// bound of their norms, low-rank down-projection. Written for NVRTC. NORM, FROM_FP8, CHANNELS (K), ROW_BLOCKS (of 8
+// rows), IN_FP16 are defined by the caller.
 //
 // codes = e4m3(y / smooth / x_scale), x_scale = absmax(y / smooth) / 448, lora = (y down) / x_scale, with y = x or
-// y = LayerNorm(x) * scale + shift rounded to 16 bits.
+// y = LayerNorm(x) * scale + shift rounded to 16 bits. FROM_FP8: x is e4m3 in units of *unit, which only x_scale and
+// norms need to know, since all else is relative to the row's scale.
 //
 // A block has a.rows rows, all in shared memory, so that all blocks run at once; each row is one copy of the copy
 // engine, in the order of use. First, teams of 4 warps take TURN rows at a time into registers, find what belongs to
@@ -22,8 +23,11 @@ constexpr int KEPT = PIECES <= 3 ? PIECES : 1;  // pieces whose weights stay in 
 constexpr int RANKS = 32;  // of a warp
 constexpr uint32_t ONES = IN_FP16 ? 0x3C003C00u : 0x3F803F80u;
 
+constexpr int X_BYTES = FROM_FP8 ? 1 : 2;  // of a channel
+
 struct Quantize {
-  const uint16_t* x;
+  const uint8_t* x;          // 16-bit numbers, FROM_FP8: e4m3
+  const float* unit;         // FROM_FP8
   const uint16_t* scale;     // (B, modulation_stride), holds the 1 of "1 + scale"
   const uint16_t* shift;
   const float* inverse;      // (K) 1 / smooth
@@ -63,6 +67,16 @@ __device__ __forceinline__ float norm_bound(float squares, float absmax, float x
 // Whether these 32 channels of a tile do not exist.
 __device__ __forceinline__ bool beyond(int tile, int b) { return CHANNELS % 128 && b >= 2 && tile == TILES - 1; }
 
+// 8 channels of a row.
+__device__ __forceinline__ uint4 read_piece(const uint8_t* from) {
+#if FROM_FP8
+  const uint2 u = *(const uint2*)from;
+  return make_uint4(from_e4m3((uint16_t)u.x), from_e4m3((uint16_t)(u.x >> 16)), from_e4m3((uint16_t)u.y), from_e4m3((uint16_t)(u.y >> 16)));
+#else
+  return *(const uint4*)from;
+#endif
+}
+
 struct Exchange {  // of a team, between its warps
   float stats[2 * TURN][4], squares[TURN][4];
   uint32_t absmax[TURN][4];
@@ -85,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
     barriers_ready();
     for (int i = warp; i < count; i += WARPS) {
       const int m = m0 + i, batch = m / a.length;
-      const uint16_t* from = a.x + batch * a.batch_stride + (m - batch * a.length) * a.row_stride;
-      load_bulk(shared_address(rows + i * STRIDE), from, CHANNELS * 2, arrived + 8 * i);
+      const uint8_t* from = a.x + (batch * a.batch_stride + (m - batch * a.length) * a.row_stride) * X_BYTES;
+      load_bulk(shared_address(rows + i * STRIDE), from, CHANNELS * X_BYTES, arrived + 8 * i);
     }
     if (warp == WARPS - 1) load_bulk(shared_address(inverses), a.inverse, CHANNELS * 4, arrived + 8 * ROWS);
   }
@@ -156,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
 #pragma unroll
         for (int p = 0; p < PIECES; ++p) {
           v[r][p] = make_uint4(fill, fill, fill, fill);
-          if (exists(p)) v[r][p] = *(const uint4*)(at[r] + column_of(p) * 2);
+          if (exists(p)) v[r][p] = read_piece(at[r] + column_of(p) * X_BYTES);
         }
       }
 #if NORM
@@ -232,14 +246,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
       fold(energy, lane);
       if (lane % (32 / TURN) == 0) exchange.squares[lane / (32 / TURN)][warp % 4] = energy[0];
       sync_threads(1 + team, TEAM);
+#if FROM_FP8
+      // y takes more room than x, so that all of the team must have read first.
+#pragma unroll
+      for (int p = 0; p < PIECES; ++p)
+#pragma unroll
+        for (int r = 0; r < TURN; ++r)
+          if (exists(p)) *(uint4*)(at[r] + column_of(p) * 2) = v[r][p];
+#endif
       if (warp % 4 == (team + turn) % 4 && lane < n) {  // not always the same warp, nor that of one scheduler
         const uint4 l = *(const uint4*)exchange.absmax[lane];
         const float4 e = *(const float4*)exchange.squares[lane];
         const float largest = __uint_as_float(max(max(l.x, l.y), max(l.z, l.w))), s = largest * (1.f / 448.f);
         const int i = row + lane;
         reciprocals[i] = s > 0.f ? 1.f / s : 0.f;
-        a.x_scale[m0 + i] = s;
-        a.norms[m0 + i] = norm_bound((e.x + e.y) + (e.z + e.w), largest, s);
+        const float unit = FROM_FP8 ? __ldg(a.unit) : 1.f;
+        a.x_scale[m0 + i] = s * unit;
+        a.norms[m0 + i] = norm_bound((e.x + e.y) + (e.z + e.w), largest, s) * unit;
       }
     }
   }
