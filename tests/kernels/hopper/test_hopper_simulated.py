@@ -38,16 +38,15 @@ def library(kernel: Kernel, folder: Path) -> Any:
     place = folder / re.sub(r"\W+", "_", str(kernel))
     place.mkdir(exist_ok=True)
     for name, text in _device_code("tonfa.kernels.hopper").items():
-        memory = r"alignas(128) static uint8_t memory[232448];"
-        (place / name).write_text(
-            re.sub(r"extern __shared__ .*? memory\[\];", memory, text).replace("#pragma unroll", "")
-        )
+        text = re.sub(r"extern __shared__ .*? memory\[\];", "alignas(128) static uint8_t memory[232448];", text)
+        (place / name).write_text(text.replace("#pragma unroll", ""))
     (place / "instructions.cuh").write_text("")
     (struct,) = kernel.parameters
+    call = f"{kernel.name}(*static_cast<{struct.__name__}*>(parameter))"
     (place / "main.cpp").write_text(
         f'#include "simt.hpp"\n#include "hopper.hpp"\n#include "{kernel.name}.cu"\n{struct.layout()}'
         'extern "C" int run(unsigned x, unsigned y, unsigned threads, void* parameter) {\n'
-        f"  return run_blocks({{x, y, 1}}, threads, [&] {{ {kernel.name}(*static_cast<{struct.__name__}*>(parameter)); }});\n}}\n"
+        f"  return run_blocks({{x, y, 1}}, threads, [&] {{ {call}; }});\n}}\n"
     )
     assert COMPILER is not None
     options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
