@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_hopper_backend import check_norms, check_quantized
+from test_hopper_backend import check_norms, check_quantized, plain
 from torch import Tensor
 
 from support import outlier_input
@@ -128,3 +129,22 @@ def test_quantize_known(m: int, k: int, rank: int) -> None:
     absmax.copy_((x.float() * packed.inverse).abs().amax(1))
     check_quantized(quantize_known.quantize_known(x, packed, absmax, arrived), quantize_op.reference(x, w))
     assert not arrived.any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
+def test_norms(size: float) -> None:
+    w, x = weights(192, 0, BF16), (torch.randn(9, 192, generator=torch.Generator().manual_seed(0)) * size).bfloat16()
+    x[3, 1:], x[5] = 0, 0
+    found = quantize.quantize(x, inputs.pack_input(w))
+    check_quantized(found, quantize_op.reference(x, w))
+    check_norms(found, 1.10 if 1e-12 <= size <= 1 else None)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    w, x = inputs.pack_input(weights(192, 32, BF16)), rows(80, 192, BF16).view(1, 80, 192)
+    scale, shift = torch.randn(2, 1, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = quantize.norm_modulate_quantize(x, scale, shift, w)
+    part = quantize.norm_modulate_quantize(x[:, 37:40], scale, shift, w)
+    assert whole.norms is not None and part.norms is not None and torch.equal(part.norms, whole.norms[37:40])
+    for mine, theirs in zip(astuple(plain(part))[:3], astuple(plain(whole))[:3], strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs[37:40].view(torch.uint8))
