@@ -17,6 +17,8 @@ class HopperActivation(QuantizedActivation):
     its sums with the branch.
     """
 
+    scales: Tensor
+    lowrank: Tensor
     rows: int  # M
     channels: int  # K
     rank_start: int  # the first of this linear's columns of lowrank

@@ -29,10 +29,10 @@ from tonfa.kernels.cuda.kernel import Kernel, Struct
 from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
 from tonfa.kernels.hopper.activation import HopperActivation
-from tonfa.kernels.hopper.expand import expand, wide_shape
+from tonfa.kernels.hopper.add_lowrank import add_lowrank
+from tonfa.kernels.hopper.expand import BUFFERS, expand, wide_shape
 from tonfa.kernels.hopper.layout import pack_down, pack_up
 from tonfa.kernels.hopper.quantize import PackedInput, empty_activation, multiprocessors, quantize, quantize_known
-from tonfa.kernels.triton.scratch import SCRATCH
 from tonfa.ops import fused
 from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import Rotary
@@ -77,9 +77,7 @@ class Product(Struct):
                 "next_down",
                 "next_codes",
                 "next_scale",
-                "next_lora",
                 "partial",
-                "arrived",
             )
         ),
         *((name, c_int64) for name in ("batch_stride", "token_stride", "head_stride")),
@@ -199,7 +197,7 @@ def pack_product(w: SVDQWeights) -> PackedProduct:
     qweight, wscales, scales = aligned(w.qweight), aligned(w.wscales), row_scales(w)
     up = pack_up((w.proj_up.detach().float() / scales.unsqueeze(1)).to(torch.bfloat16))
     inverse, bias = scales.reciprocal(), _unshifted_bias(w)
-    SCRATCH.reserve(qweight.device, math.prod(wide_shape(qweight.shape[0], w.in_features)))
+    BUFFERS.reserve(qweight.device, math.prod(wide_shape(qweight.shape[0], w.in_features)))
     return PackedProduct(qweight, wscales, scales, inverse, up, bias, _gain(w), w.rank, n)
 
 
@@ -220,15 +218,14 @@ def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None
     defines = tuple((name, str(value)) for name, value in values.items())
     threads, shared = values["THREADS"], tiles.shared_bytes(tokens, down_rank)
     preamble = wrappers(tokens, down_rank or 0, dtype == torch.float16)
-    return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble)
+    return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble, early=True)
 
 
 def _expanded(w: PackedProduct) -> Tensor:
-    """The weights in e4m3: as they are kept, or in a buffer that the next product overwrites."""
+    """The weights in e4m3: as they are kept, or in a buffer that the product after next overwrites."""
     if w.wide is not None:
         return w.wide
-    steps, columns, width = wide_shape(w.columns, w.in_features)
-    out = SCRATCH.empty(w.qweight.device, steps * columns, width, torch.uint8).view(steps, columns, width)
+    out = BUFFERS.next(w.qweight.device, wide_shape(w.columns, w.in_features))
     expand(w.qweight, w.wscales, w.inverse_scales, out)
     return out
 
@@ -242,7 +239,7 @@ def _run(
     **values: Any,
 ) -> None:
     """`tile`: its tokens, and how many of the same tokens a block takes one after another."""
-    if not isinstance(x, HopperActivation) or x.scales is None or x.lowrank is None:
+    if not isinstance(x, HopperActivation):
         raise FormatError("product: the input must come from this backend's quantize")
     if (x.channels, x.rank) != (w.in_features, w.rank):
         found, expected = f"{x.channels} channels of rank {x.rank}", f"{w.in_features} of rank {w.rank}"
@@ -320,10 +317,9 @@ def _product_gelu_quantize(
 ) -> HopperActivation:
     device = x.codes.device
     result, behind = empty_activation(x.rows, following, x.dtype, device), w.following(following)
-    tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device))
+    tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device), following.rank)
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
-    partial = torch.empty((slots, 2, padded, following.rank), device=device)
-    arrived = torch.zeros(-(-x.rows // tokens) if following.rank else 0, dtype=torch.int32, device=device)
+    partial = torch.empty((slots, padded, following.rank), device=device)
     _run(
         x,
         w,
@@ -336,10 +332,9 @@ def _product_gelu_quantize(
         next_down=behind.down.data_ptr(),
         next_codes=result.codes.data_ptr(),
         next_scale=result.scales.data_ptr(),
-        next_lora=result.lowrank.data_ptr(),
         partial=partial.data_ptr(),
-        arrived=arrived.data_ptr(),
     )
+    add_lowrank(partial, result)
     return result
 
 

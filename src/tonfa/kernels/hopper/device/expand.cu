@@ -22,12 +22,14 @@ __device__ __forceinline__ uint4 transposed(const uint32_t (&w)[4], int q) {
   return odd ? make_uint4(t0, v1, t1, v3) : make_uint4(v0, t0, v2, t1);
 }
 
-// A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
+// Neither reads what the kernel in front of it writes nor overwrites what that reads (the buffers alternate), so it waits
+// at its end only. A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__ Expand a) {
   const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
-  if (n - lane / 4 >= a.n) return;  // N is a multiple of 8
-  const float inverse = a.w_inverse[n];
-  const int steps = (a.k + 127) / 128;
+  next_kernel_may_start();
+  const bool any = n - lane / 4 < a.n;  // N is a multiple of 8
+  const float inverse = any ? a.w_inverse[n] : 0.f;
+  const int steps = any ? (a.k + 127) / 128 : 0;
   for (int step = blockIdx.y; step < steps; step += gridDim.y) {
     const int group = 2 * step + q / 2;
     const bool inside = group < a.k / 64;
@@ -45,4 +47,5 @@ extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__
     *(uint4*)(to + ((2 * q) ^ (n & 7)) * 16) = transposed(first, q);
     *(uint4*)(to + ((2 * q + 1) ^ (n & 7)) * 16) = transposed(second, q);
   }
+  earlier_kernels_done();
 }
