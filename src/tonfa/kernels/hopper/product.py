@@ -30,9 +30,10 @@ from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.add_lowrank import add_lowrank
-from tonfa.kernels.hopper.expand import BUFFERS, expand, wide_shape
+from tonfa.kernels.hopper.expand import expand, wide_shape
 from tonfa.kernels.hopper.layout import pack_down, pack_up
 from tonfa.kernels.hopper.quantize import PackedInput, empty_activation, multiprocessors, quantize, quantize_known
+from tonfa.kernels.triton.scratch import SCRATCH
 from tonfa.ops import fused
 from tonfa.ops.activation import QuantizedActivation
 from tonfa.ops.fused import Rotary
@@ -197,7 +198,7 @@ def pack_product(w: SVDQWeights) -> PackedProduct:
     qweight, wscales, scales = aligned(w.qweight), aligned(w.wscales), row_scales(w)
     up = pack_up((w.proj_up.detach().float() / scales.unsqueeze(1)).to(torch.bfloat16))
     inverse, bias = scales.reciprocal(), _unshifted_bias(w)
-    BUFFERS.reserve(qweight.device, math.prod(wide_shape(qweight.shape[0], w.in_features)))
+    SCRATCH.reserve(qweight.device, math.prod(wide_shape(qweight.shape[0], w.in_features)))
     return PackedProduct(qweight, wscales, scales, inverse, up, bias, _gain(w), w.rank, n)
 
 
@@ -222,10 +223,11 @@ def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None
 
 
 def _expanded(w: PackedProduct) -> Tensor:
-    """The weights in e4m3: as they are kept, or in a buffer that the product after next overwrites."""
+    """The weights in e4m3: as they are kept, or in a buffer that the next product overwrites."""
     if w.wide is not None:
         return w.wide
-    out = BUFFERS.next(w.qweight.device, wide_shape(w.columns, w.in_features))
+    steps, columns, width = wide_shape(w.columns, w.in_features)
+    out = SCRATCH.empty(w.qweight.device, steps * columns, width, torch.uint8).view(steps, columns, width)
     expand(w.qweight, w.wscales, w.inverse_scales, out)
     return out
 

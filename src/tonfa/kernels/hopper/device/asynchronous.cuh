@@ -5,7 +5,7 @@ typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 
 // Programmatic dependent launch. After `earlier_kernels_done` all that earlier kernels wrote can be read and all that they
-// read can be overwritten: every kernel calls it, first thing or, if it touches nothing of theirs, before it ends.
+// read can be overwritten, since every kernel calls it before it lets the next one start.
 __device__ __forceinline__ void earlier_kernels_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void next_kernel_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

@@ -13,6 +13,17 @@ struct Expand {
   int n, k, scales_fp16;
 };
 
+// Leaves L2 to what is read again: the expanded weights, by the product that follows.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], policy;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from));
+  return v;
+}
+
 // Lanes that share a row exchange: lane q gives word w[s] to lane s, and has the words of all four for piece s = q.
 __device__ __forceinline__ uint4 transposed(const uint32_t (&w)[4], int q) {
   const bool high = q & 2, odd = q & 1;
@@ -22,21 +33,21 @@ __device__ __forceinline__ uint4 transposed(const uint32_t (&w)[4], int q) {
   return odd ? make_uint4(t0, v1, t1, v3) : make_uint4(v0, t0, v2, t1);
 }
 
-// Neither reads what the kernel in front of it writes nor overwrites what that reads (the buffers alternate), so it waits
-// at its end only. A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
+// A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__ Expand a) {
   const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
+  earlier_kernels_done();
   next_kernel_may_start();
-  const bool any = n - lane / 4 < a.n;  // N is a multiple of 8
-  const float inverse = any ? a.w_inverse[n] : 0.f;
-  const int steps = any ? (a.k + 127) / 128 : 0;
+  if (n - lane / 4 >= a.n) return;  // N is a multiple of 8
+  const float inverse = a.w_inverse[n];
+  const int steps = (a.k + 127) / 128;
   for (int step = blockIdx.y; step < steps; step += gridDim.y) {
     const int group = 2 * step + q / 2;
     const bool inside = group < a.k / 64;
     uint4 codes = make_uint4(0, 0, 0, 0);
     float scale = 0.f;
     if (inside) {
-      codes = __ldg((const uint4*)(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16));
+      codes = load_once(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16);
       scale = widen(__ldg(a.w_scales + (size_t)group * a.n + n), a.scales_fp16);
     }
     const uint4 table = make_table(scale * inverse);
@@ -47,5 +58,4 @@ extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__
     *(uint4*)(to + ((2 * q) ^ (n & 7)) * 16) = transposed(first, q);
     *(uint4*)(to + ((2 * q + 1) ^ (n & 7)) * 16) = transposed(second, q);
   }
-  earlier_kernels_done();
 }
