@@ -50,6 +50,8 @@ class Kernels:
     attention: Callable[..., Tensor]
     product_norm_rope_into: Callable[..., None] | None = None
     """product_norm_rope that writes to a part of a larger (3, B, H, L, D); None if the backend has no such kernel."""
+    pack_product_expanded: Callable[..., Any] | None = None
+    """pack_product that keeps the weights in 8 bits too; None if the backend multiplies 4-bit weights only."""
 
 
 @dataclass(frozen=True)

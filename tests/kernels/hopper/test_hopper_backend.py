@@ -125,10 +125,10 @@ def test_expand(n: int, k: int, dtype: torch.dtype) -> None:
 def test_weights_that_stay_expanded_give_the_same() -> None:
     w, x = make(9216, 3072, 32), rows(512, 3072)
     ours = kernels()
-    quantized, packed = ours.quantize(x, ours.pack_input(input_of(w))), products.pack_product(w)
-    wide = torch.empty(wide_shape(9216, 3072), dtype=torch.uint8, device="cuda")
-    expand(packed.qweight, packed.wscales, packed.inverse_scales, wide)
-    assert torch.equal(ours.product(quantized, packed), ours.product(quantized, replace(packed, wide=wide)))
+    quantized = ours.quantize(x, ours.pack_input(input_of(w)))
+    assert ours.pack_product_expanded is not None
+    found = ours.product(quantized, ours.pack_product_expanded(w))
+    assert torch.equal(found, ours.product(quantized, ours.pack_product(w)))
 
 
 @pytest.mark.gpu

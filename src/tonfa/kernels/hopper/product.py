@@ -202,6 +202,14 @@ def pack_product(w: SVDQWeights) -> PackedProduct:
     return PackedProduct(qweight, wscales, scales, inverse, up, bias, _gain(w), w.rank, n)
 
 
+def pack_product_expanded(w: SVDQWeights) -> PackedProduct:
+    """The same, with the weights expanded to e4m3 once for all beside their 4-bit codes."""
+    packed = pack_product(w)
+    wide = torch.empty(wide_shape(packed.columns, packed.in_features), dtype=torch.uint8, device=w.qweight.device)
+    expand(packed.qweight, packed.wscales, packed.inverse_scales, wide)
+    return replace(packed, wide=wide)
+
+
 @lru_cache(maxsize=128)
 def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None = None) -> Kernel:
     """The kernel with this epilogue, for tiles of so many rows; GELU_QUANTIZE: the rank of the next linear."""
