@@ -1,4 +1,4 @@
-"""What `tonfa quantize --calibrate` is given: prompts, control images and numbers, checked before anything is loaded."""
+"""What `tonfa quantize --calibrate` is given: prompts, control images and numbers, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def build(
 
     Raises CheckpointError where they cannot be used, UnsupportedError for too few of them without `force`.
     """
-    from tonfa.cli.pipeline import Placement, load
+    from tonfa.cli.pipeline import Placement, load, quieten_libraries
     from tonfa.models.flux.calibration import FluxCalibration, image_tokens, samples_needed
     from tonfa.models.flux.plan import flux_dims, flux_plan
     from tonfa.models.flux.sampling import Schedule, choose_pictures
@@ -109,7 +109,8 @@ def build(
         request.guidance if request.guidance is not None else (CONTROL_GUIDANCE if takes_control else GUIDANCE),
         LONGEST_TEXT if guided else LONGEST_TEXT_DISTILLED,
     )
-    smallest = min(image_tokens(*size(control)) for control in (controls or [None]))
+    sizes = [size(control) for control in controls] or [size(None)]
+    smallest = min(image_tokens(*sides) for sides in sizes)
     needed = samples_needed(flux_plan(dims), min(smallest, schedule.text_tokens))
     count = request.samples or max(LEAST_SAMPLES, GENEROUS * needed)
     stored = min(STORED, schedule.steps)
@@ -125,14 +126,19 @@ def build(
                 f"--calibrate: {request.prompts} has {len(prompts)} prompts, {count} samples take {pictures} "
                 f"({stored} steps of each picture); add prompts, or add --force to use some again with other seeds"
             )
-    placement = Placement(device, dtype, None, request.offload)
+
+    def load_pipeline() -> Any:
+        pipe = load(request.model, None, takes_control, Placement(device, dtype, None, request.offload))
+        quieten_libraries()  # a caption that CLIP cuts is as good a sample as any
+        return pipe
+
     return FluxCalibration(
         config,
         choose_pictures(
             prompts, controls, size, samples=count, steps=schedule.steps, per_picture=stored, seed=recipe.seed
         ),
         schedule,
-        lambda: load(request.model, None, takes_control, placement),
+        load_pipeline,
         _pipeline_identity(request.model),
         recipe,
         device,
@@ -148,8 +154,9 @@ def _takes_control(request: Request) -> bool:
 
     if read_json(request.model, "model_index.json", "MODEL") is None:
         raise CheckpointError(
-            f"--calibrate: {request.model} has no model_index.json: it holds no pipeline of Diffusers, and a transformer "
-            "alone cannot draw the pictures that a calibration samples; give the whole pipeline, or leave out --calibrate"
+            f"--calibrate: {request.model} has no model_index.json, so it is no pipeline of Diffusers, and a "
+            "transformer alone cannot draw the pictures that are sampled; give the whole pipeline, or leave out "
+            "--calibrate"
         )
     return examine(request.model, None).takes_control
 

@@ -95,9 +95,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _native_config(
-    config: Mapping[str, Any], recipe: Recipe, calibration: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _native_config(config: Mapping[str, Any], recipe: Recipe, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     made = asdict(recipe) if calibration is None else {**asdict(recipe), "calibration": dict(calibration)}
     return {**kept, "_class_name": MODEL_CLASS, "quantization_config": quantization_config(recipe.rank, made)}
@@ -170,26 +168,22 @@ def quantize_checkpoint(
     resumed = len(errors)
     walk = None if calibration is None or not unfinished else calibration.open(workspace.samples)
     blocks = BlockBuilder(source, recipe, dtype, device, walk, calibration is not None and calibration.sequential)
+
+    def made(linear: str, error: float) -> None:
+        errors[linear] = error
+        if progress is not None:
+            progress(linear, len(errors), total)
+
     for shard in shards[: shards.index(unfinished[-1]) + 1] if unfinished else []:
         if finished[shard.name] is not None:
-            if walk is not None:
-                made = TensorFiles([workspace.content / shard.name])
-                for block in shard.blocks:
-                    blocks.pass_by(block, made)
+            for block in shard.blocks if walk is not None else ():
+                blocks.pass_by(block, TensorFiles([workspace.content / shard.name]))
             continue
         tensors: dict[str, Tensor] = {}
-        own: dict[str, float] = {}
-
-        def note(linear: str, error: float, own: dict[str, float] = own) -> None:
-            own[linear] = error
-            if progress is not None:
-                progress(linear, len(errors) + len(own), total)
-
         for block in shard.blocks:
-            tensors |= blocks.make(block, note)
+            tensors |= blocks.make(block, made)
         write_tensors(workspace.content / shard.name, tensors)
-        workspace.enter(shard.name, own)
-        errors |= own
+        workspace.enter(shard.name, {linear.name: errors[linear.name] for b in shard.blocks for linear in b.linears})
 
     workspace.publish(native, {shard.name: shard.spec for shard in shards})
     return Report(

@@ -86,9 +86,7 @@ class FluxCalibration:
         """What the samples take on the disk: for FLUX at 1024 x 1024 5.3 MB each."""
         text = self.schedule.text_tokens * int(self.config.get("joint_attention_dim", 4096))
         channels = int(self.config.get("in_channels", 64))
-        values = sum(
-            len(p.steps) * (text + channels * image_tokens(p.height, p.width) + _SMALL) for p in self.pictures
-        )
+        values = sum(len(p.steps) * (text + channels * image_tokens(p.height, p.width) + _SMALL) for p in self.pictures)
         return values * self.dtype.itemsize
 
     def host_bytes(self) -> int:
@@ -121,18 +119,15 @@ class FluxCalibration:
 
     def _draw(self, missing: list[Picture], samples: Samples) -> None:
         """Draw pictures; the pipeline lives only in here."""
-        counts = {id(picture): picture.steps[-1] + 1 for picture in missing}
-        total, done = sum(counts.values()), 0
+        total, done = sum(picture.steps[-1] + 1 for picture in missing), 0
+
+        def on_step() -> None:
+            nonlocal done
+            done += 1
+            if self.report is not None:
+                self.report(SAMPLING, done, total)
+
         with enough_memory("drawing the calibration's pictures", "add --offload, or lower --size"):
             pipe = self.load()
             for picture in missing:
-                taken = 0
-
-                def on_step() -> None:
-                    nonlocal taken
-                    taken += 1
-                    if self.report is not None:
-                        self.report(SAMPLING, done + taken, total)
-
                 draw(pipe, picture, self.schedule, samples, on_step)
-                done += taken

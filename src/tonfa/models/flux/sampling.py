@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def choose_pictures(
     for i in range(count):
         stored = min(per_picture, samples - i * per_picture)
         edges = [steps * j // stored for j in range(stored + 1)]
-        chosen = (int(torch.randint(a, b, (), generator=generator)) for a, b in zip(edges, edges[1:], strict=False))
+        chosen = (int(torch.randint(a, b, (), generator=generator)) for a, b in pairwise(edges))
         control = controls[images[i]] if controls else None
         height, width = size(control)
         picture = Picture(
