@@ -11,14 +11,15 @@ from dense_flux import CONFIG, PLAN, dense_config
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from support import DEVICES, relative_error
+from support import relative_error
 from tonfa.checkpoint.tensors import TensorFolder
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.models.flux.sampling import choose_pictures
 from tonfa.models.flux.walk import FluxWalk
 from tonfa.plan import BlockPlan, LinearPlan
+from tonfa.quantize import memory
 from tonfa.quantize.calibration import Collector
-from tonfa.quantize.memory import enough_memory
+from tonfa.quantize.memory import check_host_memory, enough_memory
 from tonfa.quantize.recipe import Recipe
 from tonfa.quantize.samples import Samples
 from tonfa.quantize.smoothing import SEARCH_TOKENS
@@ -121,17 +122,13 @@ def test_inputs_are_those_of_diffusers(dense: Path, tmp_path: Path) -> None:
         assert torch.allclose(moments.absmax, x.abs().amax(dim=0), rtol=1e-3), name
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_calibrated_differs_by_order_and_from_the_weights_alone(dense: Path, tmp_path: Path, device: str) -> None:
-    made = {}
-    for name, calibration in {
-        "free": None,
-        "16-bit": Stored(device=device),
-        "sequential": Stored(True, device=device),
-    }.items():
-        report = quantize(dense, tmp_path / name, calibration, device=device)
-        assert list(report.errors) == LINEARS
-        made[name] = dict(TensorFolder(tmp_path / name))
+def test_calibrated_differs_by_order_and_from_the_weights_alone(
+    dense: Path, whole: dict[bool, Path], tmp_path: Path
+) -> None:
+    report = quantize(dense, tmp_path / "free", None)
+    assert list(report.errors) == LINEARS
+    folders = {"free": tmp_path / "free", "16-bit": whole[False], "sequential": whole[True]}
+    made = {name: dict(TensorFolder(folder)) for name, folder in folders.items()}
     first, last = f"{LINEARS[1]}.qweight", f"{LINEARS[-1]}.qweight"
     assert not torch.equal(made["free"][first], made["16-bit"][first])
     assert torch.equal(made["16-bit"][first], made["sequential"][first])  # both read the embeddings alone
@@ -140,11 +137,20 @@ def test_calibrated_differs_by_order_and_from_the_weights_alone(dense: Path, tmp
     assert torch.equal(made["free"][modulation], made["16-bit"][modulation])
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("name", [LINEARS[0], LINEARS[9], LINEARS[10], LINEARS[-1]])
-def test_resumes_in_the_same_bytes(dense: Path, tmp_path: Path, name: str, sequential: bool) -> None:
-    quantize(dense, tmp_path / "whole", Stored(sequential))
+@pytest.fixture(scope="module")
+def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Checkpoints of runs that nothing stopped, by whether they were sequential."""
+    folder = tmp_path_factory.mktemp("whole")
+    for sequential in (False, True):
+        quantize(dense, folder / str(sequential), Stored(sequential))
+    return {sequential: folder / str(sequential) for sequential in (False, True)}
 
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("name", [LINEARS[0], LINEARS[10], LINEARS[-1]])
+def test_resumes_in_the_same_bytes(
+    dense: Path, whole: dict[bool, Path], tmp_path: Path, name: str, sequential: bool
+) -> None:
     def stop(linear: str, done: int, total: int) -> None:
         if linear == name:
             raise KeyboardInterrupt
@@ -153,7 +159,17 @@ def test_resumes_in_the_same_bytes(dense: Path, tmp_path: Path, name: str, seque
         quantize(dense, tmp_path / "out", Stored(sequential), progress=stop)
     report = quantize(dense, tmp_path / "out", Stored(sequential))
     assert report.resumed == LINEARS.index(name) // 10 * 10
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out") == files(whole[sequential])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_gpu_makes_nearly_the_same(dense: Path, whole: dict[bool, Path], tmp_path: Path, sequential: bool) -> None:
+    quantize(dense, tmp_path / "out", Stored(sequential, device="cuda"), device="cuda")
+    found, expected = TensorFolder(tmp_path / "out"), TensorFolder(whole[sequential])
+    for name in LINEARS:
+        if f"{name}.smooth_factor" in expected:
+            assert relative_error(found[f"{name}.smooth_factor"], expected[f"{name}.smooth_factor"]) < 0.1, name
 
 
 def test_samples_are_not_dropped_for_other_settings(dense: Path, tmp_path: Path) -> None:
@@ -240,3 +256,14 @@ def test_exhausted_memory_is_explained(error: BaseException, message: str) -> No
         raise error
     with pytest.raises(RuntimeError, match="^other$"), enough_memory("at it", "do less"):
         raise RuntimeError("other")
+
+
+def test_too_little_host_memory_is_noticed_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "meminfo"
+    table.write_text("MemTotal:  9000000 kB\nMemAvailable:    2000000 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", table)
+    check_host_memory(2_000_000_000, "the samples", "lower --samples")
+    with pytest.raises(UnsupportedError, match="the samples take 3.0 GB .* 2.0 GB are free; lower --samples"):
+        check_host_memory(3_000_000_000, "the samples", "lower --samples")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    check_host_memory(10**18, "the samples", "lower --samples")

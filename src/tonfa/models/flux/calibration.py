@@ -16,7 +16,7 @@ from tonfa.models.flux.sampling import Picture, Schedule, draw
 from tonfa.models.flux.walk import FluxWalk, Report
 from tonfa.plan import ModelPlan
 from tonfa.quantize.calibration import TOKENS_PER_CHANNEL
-from tonfa.quantize.memory import enough_memory
+from tonfa.quantize.memory import check_host_memory, enough_memory
 from tonfa.quantize.recipe import Recipe
 from tonfa.quantize.samples import Samples
 
@@ -99,6 +99,7 @@ class FluxCalibration:
 
     def open(self, folder: Path) -> FluxWalk:
         """Draw the pictures whose samples are missing, then let go of the pipeline."""
+        check_host_memory(self.host_bytes(), f"the hidden states of {self.count} samples", "lower --samples or --size")
         samples = Samples(folder, self.count)
         missing = [p for p in self.pictures if not all(samples.has(p.first + i) for i in range(len(p.steps)))]
         if missing:
