@@ -57,11 +57,15 @@ def quantize(
     ] = None,
     control_images: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|default", help="Control images of the calibration.", show_default="with default"),
+        typer.Option(
+            metavar="FOLDER|default",
+            help="Pictures that a control model is given; `default` are depth maps of ours.",
+            show_default="with --calibrate default",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of pictures that are looked at.", show_default="as the widest layer needs"),
+        typer.Option(min=1, help="Steps of pictures to look at, 4 of each.", show_default="as the widest layer needs"),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of a calibration picture.", show_default="30; 4 without guidance")
@@ -75,6 +79,7 @@ def quantize(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Calibrate each block on what the quantized ones before it make.")
     ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and decompositions.")] = 0,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep on the GPU only the part of the pipeline that is drawing.")
     ] = False,
@@ -110,7 +115,7 @@ def quantize(
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or add --overwrite")
     check_side(picture_size, "--size")
-    chosen = replace(named_recipe(recipe, rank), activations=activations)
+    chosen = replace(named_recipe(recipe, rank), activations=activations, seed=seed)
     if iterations is not None:
         chosen = replace(chosen, iterations=iterations)
     place, kind = parse_device(device), parse_dtype(dtype)
