@@ -68,7 +68,7 @@ def quantize(
         typer.Option(min=1, help="Steps of pictures to look at, 4 of each.", show_default="as the widest layer needs"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Of a calibration picture.", show_default="30; 4 without guidance")
+        int | None, typer.Option(min=1, help="Of a calibration picture.", show_default="20; 4 without guidance")
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Of a calibration picture.", show_default="10 with control, else 3.5")
