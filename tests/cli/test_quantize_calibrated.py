@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ from torch import Tensor
 from tonfa.cli import calibration as cli
 from tonfa.models.flux import calibration as flux_calibration
 from tonfa.models.flux.sampling import Picture, Schedule, draw
-from tonfa.quantize import build, smoothing
+from tonfa.quantize import build, learned, smoothing
 from tonfa.quantize.samples import Samples
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = ("--size", 128, "--steps", 4, "--samples", 32, "--rank", 16)
 """The least that the tiny model needs: 64 image tokens a sample, 2048 for its widest input of 512 channels."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_searches() -> Iterator[None]:
+    """A tenth of the published grid and of the learning: what is tested here is not how good they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoothing, "GRID", 4)
+        patch.setattr(learned, "STEPS", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +90,11 @@ def made(depth_pipeline: Path, prompts: Path, tmp_path_factory: pytest.TempPathF
         "sequential": (*calibrated, "--sequential"),
         "svdquant": (*calibrated, "--recipe", "svdquant"),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smoothing, "GRID", 4)  # the published 20 take half a minute
-        for name, options in commands.items():
-            arguments = ["quantize", str(depth_pipeline), "--out", str(folder / name), *map(str, options)]
-            result = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
-            assert result.exit_code == 0, result.output
-            assert result.stdout == f"{folder / name}\n"
+    for name, options in commands.items():
+        arguments = ["quantize", str(depth_pipeline), "--out", str(folder / name), *map(str, options)]
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{folder / name}\n"
     return {name: folder / name for name in commands}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.models.flux.sampling import choose_pictures
 from tonfa.models.flux.walk import FluxWalk
 from tonfa.plan import BlockPlan, LinearPlan
-from tonfa.quantize import memory
+from tonfa.quantize import learned, memory
 from tonfa.quantize.calibration import Collector
 from tonfa.quantize.memory import check_host_memory, enough_memory
 from tonfa.quantize.recipe import Recipe
@@ -28,6 +29,14 @@ from tonfa.quantize.stream import Report, quantize_checkpoint
 RECIPE = Recipe(16, iterations=1)
 COUNT, TEXT, IMAGE = 6, 24, 40
 LINEARS = [linear.name for linear in PLAN.linears()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_learning() -> Iterator[None]:
+    """How good the smoothing gets is not tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learned, "STEPS", 5)
+        yield
 
 
 def write_samples(folder: Path) -> Samples:

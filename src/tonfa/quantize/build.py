@@ -139,7 +139,7 @@ class BlockBuilder:
         for linear in block.linears:
             owner = input_owner(linear)
             known = moments.get(owner)
-            with enough_memory(f"solving for {linear.name}", "choose another device"):
+            with enough_memory(f"solving for {linear.name}", "choose --device cpu, or a GPU with more memory"):
                 if known is not None and waiting[owner] > 1 and owner not in factors:
                     sharing = [dense[other.name][0] for other in block.linears if input_owner(other) == owner]
                     factors[owner] = find_smoothing(sharing, known, self._recipe, dtype=self._dtype)
