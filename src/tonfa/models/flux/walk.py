@@ -93,7 +93,7 @@ class FluxWalk:
         """Run the next block on every sample; the first, which has no linears of the plan, embeds their inputs."""
         with enough_memory(f"running {block.name} on the calibration's samples", "lower --size or --samples"):
             if not block.linears:
-                if keep or not quantized:
+                if keep:
                     self._embed(tensors)
                 return
             module = self._module(block, tensors, quantized, observe)
