@@ -330,6 +330,13 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def _embed(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the blocks read of checked inputs: img (B, L_img, hidden), txt (B, L_txt, hidden), vec (B, hidden)."""
+        img = self.x_embedder(inputs["hidden_states"])
+        txt = self.context_embedder(inputs["encoder_hidden_states"])
+        conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
+        return img, txt, self.time_text_embed(*conditions, inputs["pooled_projections"])
+
     def _velocity(
         self,
         inputs: Mapping[str, Tensor],
@@ -339,10 +346,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     ) -> Tensor:
         """The forward pass on checked inputs, with ControlNet's samples added after the blocks."""
         mask = inputs.get("mask")
-        img = self.x_embedder(inputs["hidden_states"])
-        txt = self.context_embedder(inputs["encoder_hidden_states"])
-        conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
-        vec = self.time_text_embed(*conditions, inputs["pooled_projections"])
+        img, txt, vec = self._embed(inputs)
         # The same tensors for all blocks: kernels may keep what they made of them.
         text_length = txt.shape[1]
         cos, sin = rotary = self.pos_embed(torch.cat((inputs["txt_ids"], inputs["img_ids"])))
