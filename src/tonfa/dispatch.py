@@ -56,6 +56,8 @@ class Kernels:
     product_norm_rope_fp8: Callable[[Sequence[Projection]], QuantizedHeads | None] | None = None
     """product_norm_rope of all tokens that attend to each other, rounded for FP8 attention; the result is None where
     the kernel does not take the inputs."""
+    pack_product_expanded: Callable[..., Any] | None = None
+    """pack_product that keeps the weights in 8 bits too; None if the backend multiplies 4-bit weights only."""
 
 
 @dataclass(frozen=True)

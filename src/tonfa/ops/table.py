@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -78,6 +78,18 @@ class AttentionKernels:
     """Whether `attend` computes heads of this shape (B, H, L, D)."""
     attend: Callable[[QuantizedHeads, torch.dtype], ScaledFP8]
     """Of heads that the product has rounded, for a result that stands for this dtype."""
+
+
+Residency = Literal["int4", "fp8"]
+"""What of the weights stays in a device's memory: 4-bit codes alone, or FP8 as the kernels multiply it too."""
+
+
+def parse_residency(name: str) -> Residency:
+    """The name itself; raises UnsupportedError if there is no such form."""
+    for residency in get_args(Residency):
+        if name == residency:
+            return name  # type: ignore[return-value]
+    raise UnsupportedError(f"weights={name!r} is unknown; choose one of {', '.join(get_args(Residency))}")
 
 
 @dataclass(frozen=True)

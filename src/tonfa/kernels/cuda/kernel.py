@@ -60,6 +60,8 @@ class Kernel:
     """"a" for instructions that only this very architecture has, as in sm_90a."""
     preamble: str = ""
     """Device code in front of the source."""
+    early: bool = False
+    """Whether it may start before the kernel in front of it is done, for which it waits itself (griddepcontrol)."""
 
     def __str__(self) -> str:
         return f"{self.name}[{', '.join(f'{key}={value}' for key, value in self.defines)}]"

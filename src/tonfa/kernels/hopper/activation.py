@@ -20,6 +20,8 @@ class HopperActivation(QuantizedActivation):
     its sums with the branch. What is beyond the last row and the last rank may be anything.
     """
 
+    scales: Tensor
+    lowrank: Tensor
     rows: int  # M
     channels: int  # K
     rank_start: int  # the first of this linear's columns of lowrank

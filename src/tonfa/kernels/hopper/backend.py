@@ -75,6 +75,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         **theirs,
         "pack_input": pack_input,
         "pack_product": pack_product,
+        "pack_product_expanded": products.pack_product_expanded,
         "pack_w4a16": pack_w4a16,
         "pack_w4a16_group": pack_w4a16_group,
         "w4a16": route(modulations.w4a16, theirs["w4a16"], 1),

@@ -29,6 +29,7 @@ from tonfa.kernels.cuda.kernel import Kernel, Struct
 from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
 from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
+from tonfa.kernels.hopper.add_lowrank import add_lowrank
 from tonfa.kernels.hopper.device_facts import multiprocessors
 from tonfa.kernels.hopper.expand import expand, wide_shape
 from tonfa.kernels.hopper.inputs import PackedInput
@@ -81,9 +82,7 @@ class Product(Struct):
                 "next_down",
                 "next_codes",
                 "next_scale",
-                "next_lora",
                 "partial",
-                "arrived",
             )
         ),
         *((name, c_int64) for name in ("batch_stride", "token_stride", "head_stride")),
@@ -213,6 +212,14 @@ def pack_product(w: SVDQWeights) -> PackedProduct:
     return PackedProduct(qweight, wscales, scales, inverse, up, bias, _gain(w), w.rank, n)
 
 
+def pack_product_expanded(w: SVDQWeights) -> PackedProduct:
+    """The same, with the weights expanded to e4m3 once for all beside their 4-bit codes."""
+    packed = pack_product(w)
+    wide = torch.empty(wide_shape(packed.columns, packed.in_features), dtype=torch.uint8, device=w.qweight.device)
+    expand(packed.qweight, packed.wscales, packed.inverse_scales, wide)
+    return replace(packed, wide=wide)
+
+
 @lru_cache(maxsize=128)
 def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None = None) -> Kernel:
     """The kernel with this epilogue, for tiles of so many rows; GELU_QUANTIZE: the rank of the next linear."""
@@ -230,7 +237,7 @@ def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None
     defines = tuple((name, str(value)) for name, value in values.items())
     threads, shared = values["THREADS"], tiles.shared_bytes(tokens, down_rank)
     preamble = wrappers(tokens, down_rank or 0, dtype == torch.float16)
-    return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble)
+    return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble, early=True)
 
 
 def _expanded(w: PackedProduct) -> Tensor:
@@ -253,8 +260,9 @@ def start(
 ) -> None:
     """Expand the weights and start the product; `values` are what the epilogue needs of `Product`.
 
-    `tile`: its tokens, and how many of the same tokens a block takes one after another."""
-    if not isinstance(x, HopperActivation) or x.scales is None or x.lowrank is None:
+    `tile`: its tokens, and how many of the same tokens a block takes one after another.
+    """
+    if not isinstance(x, HopperActivation):
         raise FormatError("product: the input must come from this backend's quantize")
     if (x.channels, x.rank) != (w.in_features, w.rank):
         found, expected = f"{x.channels} channels of rank {x.rank}", f"{w.in_features} of rank {w.rank}"
@@ -333,10 +341,9 @@ def _product_gelu_quantize(
     device = x.codes.device
     result = empty_activation(x.rows, following.channels, following.rank, x.dtype, device)
     behind = w.following(following)
-    tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device))
+    tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device), following.rank)
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
-    partial = torch.empty((slots, 2, padded, following.rank), device=device)
-    arrived = torch.zeros(-(-x.rows // tokens) if following.rank else 0, dtype=torch.int32, device=device)
+    partial = torch.empty((slots, padded, following.rank), device=device)
     start(
         x,
         w,
@@ -349,10 +356,9 @@ def _product_gelu_quantize(
         next_down=behind.down.data_ptr(),
         next_codes=result.codes.data_ptr(),
         next_scale=result.scales.data_ptr(),
-        next_lora=result.lowrank.data_ptr(),
         partial=partial.data_ptr(),
-        arrived=arrived.data_ptr(),
     )
+    add_lowrank(partial, result)
     return result
 
 

@@ -76,7 +76,7 @@ def kernel(dtype: torch.dtype, norm: bool, channels: int, rows: int, from_fp8: b
     }
     defines = tuple((name, str(int(value))) for name, value in values.items())
     shared = min(_shared_bytes(channels, 8 * blocks), _SHARED)
-    return Kernel("quantize", defines, (Quantize,), 32 * _WARPS, shared, "tonfa.kernels.hopper", "a")
+    return Kernel("quantize", defines, (Quantize,), 32 * _WARPS, shared, "tonfa.kernels.hopper", "a", early=True)
 
 
 def _run(

@@ -8,6 +8,7 @@ CHANNELS = 128
 _TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 96, 64, 32)
 _SHARED = 232_448 - 1024
 _MANY_FINISHERS = 192  # tokens of the largest tile that leaves registers for seven warps
+_KEPT_RANK = 32  # of a down-projection whose sums fit beside those of the largest such tile
 _SLOT = 0.02  # adding up sums of another block, in the same microseconds
 _STEP, _TOKEN = 0.16, 0.0024  # microseconds of 128 channels of a tile on an H200, the tile's end spread over 24 steps
 
@@ -52,7 +53,7 @@ def choose(rows: int, columns: int, multiprocessors: int, much_to_finish: bool =
 
 
 @lru_cache(maxsize=4096)
-def choose_run(rows: int, columns: int, multiprocessors: int) -> tuple[int, int]:
+def choose_run(rows: int, columns: int, multiprocessors: int, rank: int) -> tuple[int, int]:
     """Tokens of a tile, and how many of the same tokens a block takes one after another: they share their sums."""
     n_tiles = -(-columns // CHANNELS)
 
@@ -61,5 +62,6 @@ def choose_run(rows: int, columns: int, multiprocessors: int) -> tuple[int, int]
         slots = -(-n_tiles // run)
         return run * _cost(tokens, -(-rows // tokens) * slots, multiprocessors) + _SLOT * slots
 
-    sizes = [tokens for tokens in _TOKENS if tokens <= _MANY_FINISHERS and tokens % 64 == 0]
+    largest = _MANY_FINISHERS if rank <= _KEPT_RANK else 128  # registers for the sums
+    sizes = [tokens for tokens in _TOKENS if tokens <= largest and tokens % 64 == 0]
     return min(((tokens, run) for tokens in sizes for run in range(1, n_tiles + 1)), key=cost)

@@ -4,6 +4,11 @@
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 
+// Programmatic dependent launch. After `earlier_kernels_done` all that earlier kernels wrote can be read and all that they
+// read can be overwritten, since every kernel calls it before it lets the next one start.
+__device__ __forceinline__ void earlier_kernels_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void next_kernel_may_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void barrier_init(uint32_t bar, int count) {

@@ -13,6 +13,17 @@ struct Expand {
   int n, k, scales_fp16;
 };
 
+// Leaves L2 to what is read again: the expanded weights, by the product that follows.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], policy;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from));
+  return v;
+}
+
 // Lanes that share a row exchange: lane q gives word w[s] to lane s, and has the words of all four for piece s = q.
 __device__ __forceinline__ uint4 transposed(const uint32_t (&w)[4], int q) {
   const bool high = q & 2, odd = q & 1;
@@ -25,6 +36,8 @@ __device__ __forceinline__ uint4 transposed(const uint32_t (&w)[4], int q) {
 // A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__ Expand a) {
   const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
+  earlier_kernels_done();
+  next_kernel_may_start();
   if (n - lane / 4 >= a.n) return;  // N is a multiple of 8
   const float inverse = a.w_inverse[n];
   const int steps = (a.k + 127) / 128;
@@ -34,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__
     uint4 codes = make_uint4(0, 0, 0, 0);
     float scale = 0.f;
     if (inside) {
-      codes = __ldg((const uint4*)(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16));
+      codes = load_once(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16);
       scale = widen(__ldg(a.w_scales + (size_t)group * a.n + n), a.scales_fp16);
     }
     const uint4 table = make_table(scale * inverse);

@@ -82,90 +82,59 @@ struct GeluQuantize {
 };
 
 #if DOWN_RANK
-// Each of the two warpgroups that multiply projects its 64 channels down and adds to sums of its own.
+// The two warpgroups that multiply share the tokens in blocks of 64, and keep their sums over a unit's tiles.
 struct DownProject {
+  static constexpr int BLOCKS = TOKENS / 64, OWN = (BLOCKS + 1) / 2;
   const Product& a;
   const Shared& shared;
-  const int half, thread;
-  int phase = 0, m0 = 0, m_tile = 0, slot = 0;
+  const int group, thread;
+  float sums[OWN][DOWN_RANK / 2];
+  int phase = 0, m0 = 0, slot = 0;
   bool any = false, first = false, last = false;  // of its unit
   __device__ __forceinline__ DownProject(const Product& a, const Shared& shared)
-      : a(a), shared(shared), half(threadIdx.x / 128 - 1), thread(threadIdx.x % 128) {}
+      : a(a), shared(shared), group(threadIdx.x / 128 - 1), thread(threadIdx.x % 128) {}
 
   __device__ __forceinline__ void load(const Tiles& tile) const {
-    if (thread != 0 || !tile.valid()) return;
-    const int bytes = DOWN_BYTES / 2;
-    barrier_expect(shared.down_full(half), bytes);
-    load_bulk(shared.next_down(half), a.next_down + ((size_t)tile.n * 2 + half) * bytes, bytes, shared.down_full(half));
+    if (threadIdx.x != 128 || !tile.valid()) return;
+    barrier_expect(shared.down_full(), DOWN_BYTES);
+    load_bulk(shared.next_down(), a.next_down + (size_t)tile.n * DOWN_BYTES, DOWN_BYTES, shared.down_full());
   }
 
   __device__ __forceinline__ void remember(const Tiles& tile) {
-    any = true, m0 = tile.m0(), m_tile = tile.m_tile(), slot = tile.slot();
+    any = true, m0 = tile.m0(), slot = tile.slot();
     first = tile.n == slot * tile.run, last = tile.last_of_unit();
   }
 
   // Of the tile remembered; `next` is the one whose part of the down-projection is wanted then.
   __device__ __forceinline__ void run(const Tiles& next) {
     if (!any) return;
-    barrier_wait(shared.down_full(half), phase);
+    barrier_wait(shared.down_full(), phase);
     phase ^= 1;
-    const uint32_t y = shared.staged() + half * HALF_BYTES;
-    const int row = thread / 32 * 16 + thread % 32 / 4, quad = thread % 4;
-#pragma unroll 1
-    for (int block = 0; block < TOKENS / 64; ++block) {
-      float sums[DOWN_RANK / 2];
-      wgmma_fence();
+    wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        wgmma_down(sums, descriptor(y + block * 64 * 128 + 32 * j), descriptor(shared.next_down(half) + 32 * j), j > 0);
-      wgmma_commit();
-      wgmma_wait<0>();
+    for (int i = 0; i < OWN; ++i) {
+      const int block = min(group * OWN + i, BLOCKS - 1);  // an odd one out is computed twice
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        wgmma_down(sums[i], descriptor(shared.staged() + j / 4 * HALF_BYTES + block * 64 * 128 + j % 4 * 32),
+                   descriptor(shared.next_down() + j / 4 * (DOWN_BYTES / 2) + j % 4 * 32), !first || j > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    sync_threads(3, 256);
+    load(next);
+    if (!last) return;
+    const int row = thread / 32 * 16 + thread % 32 / 4, quad = thread % 4;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int m = m0 + block * 64 + row + 8 * h;
-        if (m >= a.m_pad) continue;
-        float* const to = a.partial + ((size_t)(2 * slot + half) * a.m_pad + m) * DOWN_RANK + 2 * quad;
+        const int block = group * OWN + i, m = m0 + block * 64 + row + 8 * h;
+        if (block >= BLOCKS || m >= a.m_pad) continue;
+        float* const to = a.partial + ((size_t)slot * a.m_pad + m) * DOWN_RANK + 2 * quad;
 #pragma unroll
-        for (int i = 0; i < DOWN_RANK / 8; ++i) add(to + i * 8, sums[4 * i + 2 * h], sums[4 * i + 2 * h + 1]);
+        for (int c = 0; c < DOWN_RANK / 8; ++c) *(float2*)(to + c * 8) = make_float2(sums[i][4 * c + 2 * h], sums[i][4 * c + 2 * h + 1]);
       }
-    }
-    if (last) finish(next);
-    sync_threads(1 + half, 128);
-    load(next);
-  }
-
-  // One thread adds to a place, in the order of its tiles: results do not depend on timing.
-  __device__ __forceinline__ void add(float* to, float x, float y) const {
-    if (first)
-      *(float2*)to = make_float2(x, y);
-    else
-      asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
-  }
-
-  // The block that comes last to these tokens adds up the sums of all in order.
-  __device__ __forceinline__ void finish(const Tiles& tiles) const {
-    __shared__ uint32_t is_last;
-    const int slots = tiles.slots(), count = min(TOKENS, a.m_pad - m0);
-    __threadfence();
-    sync_threads(3, 256);
-    if (threadIdx.x == 128) is_last = atomicAdd(a.arrived + m_tile, 1u) == slots - 1;
-    sync_threads(3, 256);
-    if (!is_last) return;
-    __threadfence();
-    for (int i = threadIdx.x - 128; i < count * DOWN_RANK / 2; i += 256) {
-      const int m = m0 + i / (DOWN_RANK / 2), c = i % (DOWN_RANK / 2) * 2;
-      float2 sum = make_float2(0.f, 0.f);
-      for (int s = 0; s < 2 * slots; ++s) {
-        const float2 part = __ldcg((const float2*)(a.partial + ((size_t)s * a.m_pad + m) * DOWN_RANK + c));
-        sum.x += part.x, sum.y += part.y;
-      }
-      const float reciprocal = reciprocal_of(scale_of(a, m));
-      uint32_t pair;
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(sum.y * reciprocal), "f"(sum.x * reciprocal));
-      const int byte = c * 2;
-      uint8_t* to = (uint8_t*)a.next_lora + (size_t)m * 128;
-      *(uint32_t*)(to + (((byte / 16) ^ (m & 7)) * 16) + byte % 16) = pair;
-    }
   }
 };
 #endif

@@ -184,11 +184,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     barrier_init(shared.finished(), 8);
     barrier_init(shared.taken(), FINISHERS);
     barrier_init(shared.inverse_full(), 1);
-    barrier_init(shared.down_full(0), 1);
-    barrier_init(shared.down_full(1), 1);
+    barrier_init(shared.down_full(), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  earlier_kernels_done();
+  next_kernel_may_start();
   // 64 K registers: the sums of a tile of more than 192 tokens leave room for three finishers, else for seven.
   constexpr bool FEW = THREADS == 384;
   if (threadIdx.x >= 128 && threadIdx.x < 384) {

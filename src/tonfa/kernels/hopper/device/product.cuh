@@ -45,9 +45,7 @@ struct Product {
   const uint8_t* next_down;  // GELU_QUANTIZE: (N/64, next_rank, 64) 16-bit, swizzled
   uint8_t* next_codes;       // (N/128, m_pad, 128)
   float* next_scale;         // (m_pad)
-  uint16_t* next_lora;       // (1, m_pad, 64) bf16
-  float* partial;            // (slots, 2, m_pad, next_rank)
-  uint32_t* arrived;         // (token tiles), zero
+  float* partial;            // (slots, m_pad, next_rank): lora of the next linear, to be added up
   long long batch_stride, token_stride, head_stride;  // of q, k and v, in elements
   int m, m_pad, n, k, rank, rank_start, length, heads, gate_stride, run;
 };
@@ -58,7 +56,7 @@ struct Tiles {
   int m_tiles, n_tiles, run, units, unit, n;
   __device__ __forceinline__ Tiles(const Product& a)
       : m_tiles((a.m + TOKENS - 1) / TOKENS), n_tiles((a.n + CHANNELS - 1) / CHANNELS), run(a.run), unit(blockIdx.x) {
-    units = m_tiles * slots();
+    units = m_tiles * ((n_tiles + run - 1) / run);
     n = slot() * run;
   }
   __device__ __forceinline__ bool valid() const { return unit < units; }
@@ -71,7 +69,6 @@ struct Tiles {
       ++n;
     }
   }
-  __device__ __forceinline__ int slots() const { return (n_tiles + run - 1) / run; }
   __device__ __forceinline__ int slot() const { return unit / m_tiles; }
   __device__ __forceinline__ int m_tile() const { return unit % m_tiles; }
   __device__ __forceinline__ int m0() const { return m_tile() * TOKENS; }
@@ -82,14 +79,14 @@ struct Shared {
   uint32_t base;
   __device__ __forceinline__ uint32_t stage(int i) const { return base + i * STAGE_BYTES; }
   __device__ __forceinline__ uint32_t staged() const { return base + STAGES * STAGE_BYTES; }
-  __device__ __forceinline__ uint32_t next_down(int half) const { return staged() + STAGED_BYTES + half * (DOWN_BYTES / 2); }
-  __device__ __forceinline__ uint32_t next_inverse() const { return next_down(2); }
+  __device__ __forceinline__ uint32_t next_down() const { return staged() + STAGED_BYTES; }
+  __device__ __forceinline__ uint32_t next_inverse() const { return next_down() + DOWN_BYTES; }
   __device__ __forceinline__ uint32_t full(int i) const { return staged() + STAGED_BYTES + NEXT_BYTES + 8 * i; }
   __device__ __forceinline__ uint32_t empty(int i) const { return full(STAGES) + 8 * i; }
   __device__ __forceinline__ uint32_t finished() const { return empty(STAGES); }
   __device__ __forceinline__ uint32_t taken() const { return finished() + 8; }
   __device__ __forceinline__ uint32_t inverse_full() const { return finished() + 16; }
-  __device__ __forceinline__ uint32_t down_full(int half) const { return finished() + 24 + 8 * half; }
+  __device__ __forceinline__ uint32_t down_full() const { return finished() + 24; }
 };
 
 // Threads 128 to 383 multiply, thread 0 loads, the warps beside them finish.

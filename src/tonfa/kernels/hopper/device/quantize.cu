@@ -83,6 +83,8 @@ struct Exchange {  // of a team, between its warps
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_constant__ Quantize a) {
+  earlier_kernels_done();
+  next_kernel_may_start();
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ __align__(16) Exchange exchanges[TEAMS][2];
   __shared__ __align__(8) unsigned long long arrivals[ROWS + 1];

@@ -29,6 +29,8 @@ struct QuantizeKnown {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, RANK_BLOCKS <= 8 ? 2 : 1) quantize_known(const __grid_constant__ QuantizeKnown a) {
+  earlier_kernels_done();
+  next_kernel_may_start();
   extern __shared__ __align__(128) uint8_t memory[];
   auto sums = (float (*)[ROWS][RANKS + 1])memory;  // when the rows are done with
   __shared__ float reciprocals[ROWS];
