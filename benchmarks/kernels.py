@@ -1,4 +1,4 @@
-"""Every kernel of the Triton backend at FLUX.1's shapes, against torch's products and the device's copy bandwidth.
+"""Every kernel of the Triton backend at FLUX.1's shapes, and Hopper's quantizers, against torch and plain copies.
 
     python benchmarks/kernels.py                       all of them
     python benchmarks/kernels.py --only expand product --dry-run
@@ -23,6 +23,9 @@ from torch.nn import functional
 
 from tonfa.bench.protocol import Timing, append, interleaved, record, results_file
 from tonfa.formats import GROUP_SIZE
+from tonfa.kernels.hopper import inputs as hopper_inputs
+from tonfa.kernels.hopper import layout as hopper_layout
+from tonfa.kernels.hopper import quantize as hopper_quantize
 from tonfa.kernels.triton import product as triton_product
 from tonfa.kernels.triton import tiles
 from tonfa.kernels.triton.attention import attention
@@ -61,6 +64,7 @@ class Case:
     flop: float = 0.0
     nbytes: float = 0.0
     error: float = 0.0
+    backend: str = "triton"
 
 
 def captured(calls: list[Call]) -> Call:
@@ -198,21 +202,49 @@ def quantize_cases(policy: Activations) -> Iterator[Case]:
         (4608, HIDDEN, 2 * RANK, True),
         (512, HIDDEN, RANK, True),
     ):
-        smooth = (torch.rand(k, device=CUDA) + 0.5).bfloat16()
-        packed = pack_input(InputWeights(smooth, random(k, rank) / k**0.5, False, policy))
-        inputs = [outlier_input(m, k).unsqueeze(0) for _ in range(3)]
-        scale, shift = random(1, k), random(1, k)
-        if norm:
-            calls = [partial(norm_modulate_quantize, x, scale, shift, packed) for x in inputs]
-            x = functional.layer_norm(inputs[0].float(), (k,), eps=1e-6) * scale.float() + shift.float()
-        else:
-            calls = [partial(quantize, x, packed) for x in inputs]
-            x = inputs[0].float()
-        found = calls[0]()
-        error = off(found.codes.float() * found.scales, (x / smooth.float())[0])
-        nbytes = m * k * 3.0
-        shape = {"m": m, "k": k, "rank": rank}
-        yield Case("norm-quantize" if norm else "quantize", shape, calls, copies(nbytes), nbytes=nbytes, error=error)
+        w = random_input(k, rank, policy)
+        packed = pack_input(w)
+        quantizer = norm_modulate_quantize if norm else quantize
+        yield quantize_case(partial(quantizer, w=packed), lambda q: q.codes.float() * q.scales, w, m, norm, "triton")
+
+
+def hopper_quantize_cases() -> Iterator[Case]:
+    """At 4608 rows (single blocks), 4096 (image) and 512 (text)."""
+    for norm in (True, False):
+        for m, rank in ((4608, RANK), (4608, 2 * RANK), (4096, RANK), (512, RANK)):
+            w = random_input(HIDDEN, rank, "fp8")
+            packed = hopper_inputs.pack_input(w)
+            quantizer = hopper_quantize.norm_modulate_quantize if norm else hopper_quantize.quantize
+            yield quantize_case(partial(quantizer, w=packed), hopper_values, w, m, norm, "hopper")
+
+
+def hopper_values(x: Any) -> Tensor:
+    return hopper_layout.unpack_codes(x.codes, x.rows, x.channels).float() * x.scales[:, None]
+
+
+def random_input(k: int, rank: int, policy: Activations) -> InputWeights:
+    smooth = (torch.rand(k, device=CUDA) + 0.5).bfloat16()
+    return InputWeights(smooth, random(k, rank) / k**0.5, False, policy)
+
+
+def quantize_case(
+    quantizer: Callable[..., Any], values: Callable[[Any], Tensor], w: InputWeights, m: int, norm: bool, backend: str
+) -> Case:
+    """`quantizer` of three inputs in turn; `values` are what its codes stand for."""
+    k, rank = w.proj_down.shape
+    inputs = [outlier_input(m, k).unsqueeze(0) for _ in range(3)]
+    scale, shift = random(1, k), random(1, k)
+    x = inputs[0].float()
+    if norm:
+        calls = [partial(quantizer, x, scale, shift) for x in inputs]
+        x = functional.layer_norm(x, (k,), eps=1e-6) * scale.float() + shift.float()
+    else:
+        calls = [partial(quantizer, x) for x in inputs]
+    error = off(values(calls[0]()), (x / w.smooth_factor.float())[0])
+    nbytes = m * k * 3.0
+    op = ("" if backend == "triton" else f"{backend}-") + ("norm-quantize" if norm else "quantize")
+    shape = {"m": m, "k": k, "rank": rank}
+    return Case(op, shape, calls, copies(nbytes), nbytes=nbytes, error=error, backend=backend)
 
 
 def modulation(n: int) -> W4A16Weights:
@@ -263,7 +295,7 @@ def measure(case: Case, policy: Activations, runs: int) -> dict[str, Any]:
     shape = " ".join(f"{name}={value}" for name, value in case.shape.items())
     others = "  ".join(f"{name} {t.median * 1e3:.1f} us ({t.median / own.median:.2f}x)" for name, t in timings.items())
     print(f"{case.op:22s} {shape:30s} {own.median * 1e3:8.1f} us  {rate}  {others}  error {case.error:.1e}", flush=True)
-    settings = {"weights": "int4", "activations": policy, "backend": "triton"}
+    settings = {"weights": "int4", "activations": policy, "backend": case.backend}
     return record("kernels", {"op": case.op, **case.shape}, case.op, settings, own, CUDA, timings)
 
 
@@ -298,6 +330,7 @@ def main() -> None:
         "expand": expand_cases,
         "product": product_cases,
         "quantize": quantize_cases,
+        "hopper-quantize": lambda policy: hopper_quantize_cases(),
         "w4a16": lambda policy: w4a16_cases(),
         "attention": lambda policy: attention_cases(),
     }

@@ -94,8 +94,8 @@ def round_heads(
     """What a kernel that rounds q, k and v hands to the attention.
 
     A product that rounds its heads itself does not round q and k to 16 bits before. It bounds |v| by the norms of its
-    input's rows (Cauchy-Schwarz), which are known before v is. On the demo model FP8 attention with factors from 2^-4 to
-    2^6 for v moves the velocity by 2.06 to 2.10 %, with that of v's maximum by 2.04 %.
+    input's rows (Cauchy-Schwarz), which are known before v is. On the demo model FP8 attention with factors of 2^-4
+    to 2^6 for v moves the velocity by 2.06 to 2.10 %, with that of v's maximum by 2.04 %.
     """
     one = torch.ones(1, device=q.device)
     scalars = torch.ones(len(SCALARS), 4, device=q.device)

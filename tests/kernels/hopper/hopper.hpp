@@ -34,6 +34,7 @@ static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 
 static uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 static Barrier named[16];
+static void __syncwarp() { meet_warp(); }
 static void sync_threads(int id, int count) { meet(named[id], count); }
 static float __shfl_sync(unsigned, float value, int from) {
   auto& mine = exchange[threadIdx.x / 32];

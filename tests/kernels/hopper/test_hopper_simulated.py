@@ -7,14 +7,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_hopper_backend import check_norms, check_quantized
+from test_hopper_backend import check_norms, check_quantized, plain
 from torch import Tensor
 
 from support import outlier_input
@@ -39,17 +39,15 @@ def library(kernel: Kernel, folder: Path) -> Any:
     place = folder / re.sub(r"\W+", "_", str(kernel))
     place.mkdir(exist_ok=True)
     for name, text in _device_code("tonfa.kernels.hopper").items():
-        memory = r"alignas(128) static uint8_t memory[232448];"
-        (place / name).write_text(
-            re.sub(r"extern __shared__ .*? memory\[\];", memory, text).replace("#pragma unroll", "")
-        )
+        text = re.sub(r"extern __shared__ .*? memory\[\];", "alignas(128) static uint8_t memory[232448];", text)
+        (place / name).write_text(text.replace("#pragma unroll", ""))
     (place / "instructions.cuh").write_text("")
     (struct,) = kernel.parameters
+    call = f"{kernel.name}(*static_cast<{struct.__name__}*>(parameter))"
     (place / "main.cpp").write_text(
         f'#include "simt.hpp"\n#include "hopper.hpp"\n#include "{kernel.name}.cu"\n{struct.layout()}'
         'extern "C" int run(unsigned x, unsigned y, unsigned threads, void* parameter) {\n'
-        f"  auto& a = *static_cast<{struct.__name__}*>(parameter);\n"
-        f"  return run_blocks({{x, y, 1}}, threads, [&] {{ {kernel.name}(a); }});\n}}\n"
+        f"  return run_blocks({{x, y, 1}}, threads, [&] {{ {call}; }});\n}}\n"
     )
     assert COMPILER is not None
     options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
@@ -161,3 +159,22 @@ def test_quantize_known(m: int, k: int, rank: int) -> None:
     absmax.copy_((x.float() * packed.inverse).abs().amax(1))
     check_quantized(quantize_known.quantize_known(x, packed, absmax, arrived), quantize_op.reference(x, w))
     assert not arrived.any()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
+def test_norms(size: float) -> None:
+    w, x = weights(192, 0, BF16), (torch.randn(9, 192, generator=torch.Generator().manual_seed(0)) * size).bfloat16()
+    x[3, 1:], x[5] = 0, 0
+    found = quantize.quantize(x, inputs.pack_input(w))
+    check_quantized(found, quantize_op.reference(x, w))
+    check_norms(found, 1.10 if 1e-12 <= size <= 1 else None)
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    w, x = inputs.pack_input(weights(192, 32, BF16)), rows(80, 192, BF16).view(1, 80, 192)
+    scale, shift = torch.randn(2, 1, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = quantize.norm_modulate_quantize(x, scale, shift, w)
+    part = quantize.norm_modulate_quantize(x[:, 37:40], scale, shift, w)
+    assert whole.norms is not None and part.norms is not None and torch.equal(part.norms, whole.norms[37:40])
+    for mine, theirs in zip(astuple(plain(part))[:3], astuple(plain(whole))[:3], strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs[37:40].view(torch.uint8))

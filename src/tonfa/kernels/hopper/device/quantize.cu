@@ -155,6 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
         at[r] = rows + i * STRIDE;
         barrier_wait(arrived + 8 * i);
       }
+      __syncwarp();
 #if NORM
       float pivot[TURN], stats[2 * TURN] = {};
       const float own_pivot = to_float(*(const uint16_t*)(rows + (row + min(lane % TURN, n - 1)) * STRIDE));
