@@ -65,6 +65,15 @@ def test_attention_is_a_choice_with_reasons(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(choices, "find_spec", lambda name, package=package: None if name == package else True)
         with pytest.raises(UnsupportedError, match=remedy):
             dispatch.bind_attention(gpu, "fp8")
+        assert dispatch.bind_attention(gpu, "auto") is None
+
+
+def test_attention_is_fp8_by_itself_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "find_spec", lambda name: True)
+    for capability, choice in (((8, 9), "sdpa"), ((9, 0), "fp8"), ((10, 0), "sdpa")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert choices.automatic(torch.device("cuda")) == choice
+    assert choices.automatic(CPU) == "sdpa" and dispatch.bind_attention(CPU, "auto") is None
 
 
 def test_the_error_tells_what_was_tried() -> None:

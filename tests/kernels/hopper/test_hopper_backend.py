@@ -15,7 +15,8 @@ from tonfa.kernels.hopper import layout, quantize, tiles
 from tonfa.kernels.hopper import product as products
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.expand import expand, wide_shape
-from tonfa.ops.activation import InputWeights, QuantizedActivation
+from tonfa.ops import attention_fp8, fused
+from tonfa.ops.activation import InputWeights, QuantizedActivation, ScaledFP8
 from tonfa.weights import SVDQWeights, W4A16Weights
 
 FLUX = [(4608, 9216, 3072, 32), (4608, 3072, 3072, 32), (4608, 12288, 3072, 32), (4608, 3072, 12288, 32)]
@@ -292,6 +293,62 @@ def test_product_norm_rope(batch: int, length: int, heads: int, k: int, dtype: t
     expected = theirs.product_norm_rope(plain(quantized), theirs.pack_product(w), norm_q, norm_k, rotary)
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and relative_error(a, b) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "lengths", "heads", "k"),
+    [(1, (512, 4096), 24, 3072), (1, (4608,), 24, 3072), (2, (7, 35), 2, 256), (3, (77,), 2, 192)],
+)
+def test_product_norm_rope_fp8(batch: int, lengths: tuple[int, ...], heads: int, k: int, dtype: torch.dtype) -> None:
+    ours, theirs = kernels(), kernels("reference")
+    assert ours.product_norm_rope_fp8 is not None
+    projections, plain_heads, expected = [], [], []
+    for i, length in enumerate(lengths):
+        w, x = make(3 * heads * 128, k, 32, dtype, seed=i), rows(batch * length, k, dtype, seed=i)
+        quantized, packed = with_norms(ours.quantize(x, ours.pack_input(input_of(w)))), ours.pack_product(w)
+        norm_q, norm_k = (torch.rand(128, device="cuda").to(dtype) + 0.5 for _ in range(2))
+        angles = torch.rand(length, 64, device="cuda").repeat_interleave(2, 1) * 6
+        rotary = (angles.cos(), angles.sin())
+        projections.append(fused.Projection(quantized, packed, norm_q, norm_k, rotary))
+        plain_heads.append(ours.product_norm_rope(quantized, packed, norm_q, norm_k, rotary))
+        expected.append(theirs.product_norm_rope(plain(quantized), theirs.pack_product(w), norm_q, norm_k, rotary))
+    found = ours.product_norm_rope_fp8(projections)
+    assert found is not None
+    q, k_, v = (torch.cat(parts, 2) for parts in zip(*expected, strict=True))
+    norms = [p.norm_q for p in projections], [p.norm_k for p in projections]
+    bounds = [attention_fp8.norm_bound(norms[0]), attention_fp8.norm_bound(norms[1]), found.descale[0] * 448]
+    scales = attention_fp8.Exponents(*map(attention_fp8.largest_exponents, bounds))
+    assert v.abs().amax() <= bounds[2] <= 1000 * v.abs().amax()
+    again = [torch.cat(parts, 2) for parts in zip(*plain_heads, strict=True)]
+    specified = attention_fp8.round_heads(*again, scales)
+    assert torch.equal(found.scalars[:, 0], specified.scalars[:, 0]) and torch.equal(found.descale, specified.descale)
+    for codes, exact, exponent in ((found.q, q, scales.q), (found.k, k_, scales.k), (found.v, v, scales.v)):
+        assert codes.transpose(1, 2).is_contiguous()
+        assert relative_error(torch.ldexp(codes.float(), -exponent), exact) < 4e-2
+    for codes, wanted in ((found.q, specified.q), (found.k, specified.k)):  # wanted were rounded to 16 bits before
+        assert (codes.view(torch.uint8) == wanted.view(torch.uint8)).float().mean() > 0.95
+    assert torch.equal(found.v.float(), specified.v.float())
+    unknown = [replace(p, x=replace(p.x, norms=None)) for p in projections]
+    assert ours.product_norm_rope_fp8(unknown) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "length", "k", "rank"), [(1, 4608, 3072, 32), (2, 35, 256, 16), (1, 9, 12288, 32)])
+def test_quantize_fp8(batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> None:
+    w = make(64, k, rank, dtype)
+    w = replace(w, smooth_factor=w.smooth_factor * torch.linspace(1, 1.01, k, device="cuda").to(dtype))
+    codes = (rows(batch * (length + 5), k, torch.float32) * 20).clamp(-448, 448).view(batch, length + 5, k)
+    x = ScaledFP8(codes.to(torch.float8_e4m3fn), torch.tensor([0.125], device="cuda"), dtype)[:, 5:]
+    ours, theirs = kernels(), kernels("reference")
+    found, expected = ours.quantize_fp8(x, ours.pack_input(input_of(w))), theirs.quantize_fp8(x, input_of(w))
+    found, exact = plain(found), x.dequantize().float().flatten(0, 1) / w.smooth_factor.float()
+    assert found.scales is not None and expected.scales is not None and found.lowrank is not None
+    torch.testing.assert_close(found.scales, expected.scales, rtol=1e-5, atol=0)
+    errors = [relative_error(y.codes.float() * y.scales, exact) for y in (found, expected) if y.scales is not None]
+    assert errors[0] < 1.01 * errors[1] and relative_error(found.lowrank, expected.lowrank) < 4e-3
 
 
 @pytest.mark.gpu

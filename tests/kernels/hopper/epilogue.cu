@@ -1,0 +1,34 @@
+// Runs the epilogue alone: `w` holds the product (M, N), which a block lays out as its finished tile.
+#include "simt.hpp"
+#include "hopper.hpp"
+static void unpack(uint4 v, float (&f)[8]) {
+  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
+  for (int e = 0; e < 8; ++e) f[e] = to_float(uint16_t(u[e / 2] >> 16 * (e % 2)));
+}
+static uint4 packed(const float (&f)[8]) { return {pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7])}; }
+static float2 half_pair(uint32_t v) { return {from_fp16(uint16_t(v)), from_fp16(uint16_t(v >> 16))}; }
+static float gelu(float x) { return 0.5f * x * (1 + std::tanh(0.79788456080f * x + 0.035677408136f * x * x * x)); }
+static void atomicMax(uint32_t* p, uint32_t v) { *p = std::max(*p, v); }
+static uint4 load_shared(uint32_t from) {
+  uint4 v;
+  memcpy(&v, shared(from), sizeof v);
+  return v;
+}
+#include "product.cuh"
+#include "epilogue.cuh"
+
+static void epilogue(const Product& a) {
+  alignas(128) static uint8_t memory[STAGED_BYTES];
+  const uint32_t staged = shared_address(memory);
+  for (Tiles tile(a); tile.valid(); tile.next()) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < TOKENS * 16; i += THREADS) {
+      const int m = tile.m0() + i / 16, channel = tile.n0() + i % 16 * 8;
+      char* to = shared(staged_piece(staged, i / 16, i % 16));
+      if (m < a.m && channel < a.n) memcpy(to, a.w + (size_t(m) * a.n + channel) * 2, 16);
+      else memset(to, 0xff, 16);
+    }
+    __syncthreads();
+    if (threadIdx.x >= 32 && (threadIdx.x < 128 || threadIdx.x >= 384)) Epilogue(a, staged).tile(tile, 0);
+  }
+}
