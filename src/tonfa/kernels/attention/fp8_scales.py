@@ -51,7 +51,7 @@ def _largest_value(norms, rows, bound, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scales(
+def _attention_scales(
     first_norms, second_norms,  # (rows,) float32
     first_rows, second_rows,
     first_bound, second_bound,  # (2,) float32
@@ -82,7 +82,7 @@ def scales(
         torch.empty((len(SCALARS), 4), dtype=torch.float32, device=device),
         torch.empty(1, dtype=torch.float32, device=device),
     )
-    _scales[1,](
+    _attention_scales[1,](
         first.norms, second.norms, first.rows, 0 if len(sources) == 1 else second.rows, first.bound, second.bound,
         first.norm_q, second.norm_q, first.norm_k, second.norm_k, found.factors, found.scalars, found.descale,
         D=size, ROOT=size**0.5, BLOCK_D=triton.next_power_of_2(size), BLOCK=BLOCK, num_warps=16,

@@ -340,6 +340,7 @@ def _product_gelu_quantize(
 ) -> HopperActivation:
     device = x.codes.device
     result = empty_activation(x.rows, following.channels, following.rank, x.dtype, device)
+    assert result.scales is not None and result.lowrank is not None
     behind = w.following(following)
     tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device), following.rank)
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
