@@ -54,6 +54,8 @@ def test_the_function_stays(dtype: torch.dtype, bound: float) -> None:
         untouched = name.endswith((".down", "norm.linear", "norm1.linear", "norm1_context.linear"))
         if untouched:
             assert relative_error(x, before[name]) < max(bound, 1e-4), name
+        elif name.endswith(("to_out", "to_add_out")):  # no massive channels, but of different sizes
+            assert peak_to_median(x) > 1.5 * peak_to_median(before[name]), name
         else:
             assert peak_to_median(before[name]) < 4 < 6 < peak_to_median(x), name
             assert kurtosis(x) > 3 * kurtosis(before[name]), name

@@ -6,7 +6,7 @@ One transformer is needed at a time. What is kept of the reference lies on the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -128,9 +128,8 @@ class Evaluation:
         `reference` holds the reference's weights by name; without it layers are left out. Raises FormatError, naming
         the candidate, for NaN or Inf.
         """
-        device = self.pipe.device
         try:
-            errors = [velocity_errors(transformer, t, device, advance) for t in self.trajectories]
+            velocity = self.velocity(transformer, advance)
             self.pipe.transformer = transformer
             drawn = [draw(self.pipe, b, self.settings, advance) for b in self._batches()]
         except FormatError as error:
@@ -142,7 +141,7 @@ class Evaluation:
             layers = layer_errors(self.plan, reference, transformer, self.inputs, advance)
         return Comparison(
             name=name,
-            velocity=self._velocity(torch.cat(errors, dim=1)),
+            velocity=velocity,
             psnr=estimate(psnr(a, b), self.seed),
             ssim=estimate(ssim(a, b), self.seed),
             lpips=None if self.lpips is None else estimate(self.lpips.distance(a, b), self.seed),
@@ -151,15 +150,10 @@ class Evaluation:
             pictures=pictures,
         )
 
-    def steps_of_drawing(self) -> int:
-        """How often `on_step` is called."""
-        return len(list(self._batches())) * self.settings.steps
-
-    def _batches(self) -> Any:
-        return batches(self.problems, self.settings.batch_size)
-
-    def _velocity(self, errors: Tensor) -> Velocity:
-        by_picture = errors.T.numpy()  # (S, T)
+    def velocity(self, transformer: nn.Module, advance: Advance = lambda: None) -> Velocity:
+        """The answers of a transformer on the pipeline's device to what the reference was asked."""
+        errors = [velocity_errors(transformer, t, self.pipe.device, advance) for t in self.trajectories]
+        by_picture = torch.cat(errors, dim=1).T.numpy()  # (S, T)
 
         def overall(rows: Array) -> float:
             return geometric_mean(rows.mean(axis=0))
@@ -167,6 +161,13 @@ class Evaluation:
         low, high = interval(by_picture, overall, self.seed) or (None, None)
         timesteps = tuple(call.timestep for call in self.trajectories[0].calls)
         return Velocity(overall(by_picture), low, high, timesteps, tuple(by_picture.mean(axis=0).tolist()))
+
+    def steps_of_drawing(self) -> int:
+        """How often `on_step` is called."""
+        return len(list(self._batches())) * self.settings.steps
+
+    def _batches(self) -> Iterator[Sequence[Problem]]:
+        return batches(self.problems, self.settings.batch_size)
 
     def _true_masks(self) -> list[Tensor | None]:
         size = (self.settings.height, self.settings.width)

@@ -84,8 +84,8 @@ def layer_errors(
 ) -> list[LayerError]:
     """Errors of all planned linears, in network order.
 
-    `reference` holds the dense weights under Diffusers' names. The candidate is a `SVDQFluxTransformer2DModel`, or a
-    dense transformer of Diffusers whose linears may have been replaced by modules with a `weight` and a `bias`.
+    `reference` holds the dense weights under Diffusers' names. The candidate is a `SVDQFluxTransformer2DModel` with
+    4-bit weights or a dense transformer of Diffusers.
     """
     found = []
     state = _Parameters(candidate)

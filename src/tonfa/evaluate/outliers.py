@@ -8,7 +8,7 @@ something affine, it becomes x' = s x + d, and the linear that reads it W' = W /
 * LayerNorm(h) (1 + scale) + shift: 1 + scale and shift are multiplied by s, and d is added to shift. The code adds the
   1, so the scale's bias b becomes s (1 + b) - 1.
 * Attention's output: the rows of v are multiplied by s, of the image and the text stream alike, because tokens of both
-  are averaged. No d: what is typical of v would have to be measured.
+  are averaged. Channels differ in size, but none is massive.
 * The input behind a GELU cannot be changed so, and stays as it is.
 
 Factors of smoothing that follow the input's size undo s but not d. The model's own rounding changes with its weights:
@@ -30,17 +30,17 @@ from tonfa.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Outliers:
-    """The distribution of s and d, the same for every input. Raises UnsupportedError for what makes no sense.
+    """The distribution of s and d. Raises UnsupportedError for what makes no sense.
 
-    No measured statistics of FLUX.1's inputs were at hand. The defaults are those of the synthetic layers `adaln` in
-    benchmarks/synthetic.py, log-normal scales and 8 of 512 channels 8 to 25 times as large.
+    No measured statistics of FLUX.1's inputs were at hand. The defaults are those of the synthetic layers `adaln` and
+    `attn` in benchmarks/synthetic.py: log-normal scales, and behind a norm 8 of 512 channels 8 to 25 times as large.
     """
 
     seed: int = 0
     spread: float = 0.5
     """Standard deviation of log s."""
     massive: float = 1 / 64
-    """Share of channels that are massive, one at least; 0 makes none."""
+    """Share of channels behind a norm that are massive, one at least; 0 makes none."""
     least: float = 8.0
     most: float = 25.0
     """A massive channel is so many times as large, log-uniformly."""
@@ -52,17 +52,17 @@ class Outliers:
         if not sensible or not 0 <= self.constant < 1:
             raise UnsupportedError(f"no distribution of outliers: {self}")
 
-    def draw(self, channels: int, generator: torch.Generator, constant: float) -> tuple[Tensor, Tensor]:
-        """s and d, (channels,) float64 each."""
+    def draw(self, channels: int, generator: torch.Generator, normed: bool) -> tuple[Tensor, Tensor]:
+        """s and d, (channels,) float64 each, of an input behind a norm or of attention's output."""
         gains = (self.spread * torch.randn(channels, dtype=torch.float64, generator=generator)).exp()
         shifts = torch.zeros(channels, dtype=torch.float64)
-        count = max(1, round(self.massive * channels)) if self.massive else 0
+        count = max(1, round(self.massive * channels)) if self.massive and normed else 0
         chosen = torch.randperm(channels, generator=generator)[:count]
         position = torch.rand(count, dtype=torch.float64, generator=generator)
         sizes = gains[chosen] * (math.log(self.least) + position * math.log(self.most / self.least)).exp()
         signs = torch.randint(2, (count,), generator=generator) * 2 - 1
-        shifts[chosen] = constant * signs * sizes
-        gains[chosen] = torch.maximum(gains[chosen], (1 - constant) * sizes)
+        shifts[chosen] = self.constant * signs * sizes
+        gains[chosen] = torch.maximum(gains[chosen], (1 - self.constant) * sizes)
         return gains, shifts
 
 
@@ -117,8 +117,7 @@ def transplant_outliers(transformer: Any, outliers: Outliers = Outliers()) -> An
     """
     generator = torch.Generator().manual_seed(outliers.seed)
     for site in _sites(transformer):
-        constant = outliers.constant if site.normed else 0.0
-        gains, shifts = outliers.draw(transformer.inner_dim, generator, constant)
+        gains, shifts = outliers.draw(transformer.inner_dim, generator, site.normed)
         for producer in site.producers:
             _produce(producer, gains, shifts)
         for consumer in site.consumers:
