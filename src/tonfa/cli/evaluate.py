@@ -252,6 +252,7 @@ def _figures(
     model: str, dense: Path, evaluation: Evaluation, comparisons: Sequence[Comparison], placement: Placement
 ) -> dict[str, Any]:
     from tonfa.bench.protocol import environment
+    from tonfa.dispatch import default_activations
 
     problems = [{"prompt": p.prompt, "seed": p.seed, "control_image": p.control and p.control.name} for p in
                 evaluation.problems]  # fmt: skip
@@ -262,7 +263,7 @@ def _figures(
         "settings": {
             **asdict(evaluation.settings),
             "dtype": str(placement.dtype).removeprefix("torch."),
-            "activations": placement.activations,
+            "activations": placement.activations or default_activations(placement.device),
             "bootstrap_seed": evaluation.seed,
         },
         "problems": problems,
