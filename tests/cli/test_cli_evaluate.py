@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tiny_models import save_random_lpips
+
 SHORT = ("--steps", 2, "--max-sequence-length", 16, "--device", "cpu", "--guidance", 4)
 
 
@@ -66,7 +68,7 @@ def test_figures_tables_and_sheet(tonfa, depth_pipeline: Path, checkpoint: Path,
     assert any((pixels[y : y + 48, 8:72] == depth).all() for y in range(pixels.shape[0] - 48))
 
 
-def test_without_layers_and_with_a_reference(
+def test_with_a_reference_and_lpips_without_layers(
     tonfa, depth_pipeline: Path, checkpoint: Path, prompts: Path, tmp_path: Path
 ) -> None:
     """A saved pipeline whose own transformer is 4-bit has no reference of its own."""
@@ -80,11 +82,14 @@ def test_without_layers_and_with_a_reference(
     command = ("evaluate", saved, "--transformer", checkpoint, "--prompts", prompts, "--no-layers", *SHORT)
     refused = tonfa(*command)
     assert refused.exit_code == 1 and "name a dense one with --reference" in refused.stderr
+    backbone, heads = save_random_lpips(tmp_path)
+    command = (*command, "--lpips-backbone", backbone, "--lpips-heads", heads)
     result = tonfa(*command, "--reference", depth_pipeline / "transformer", "--quiet", "--json", tmp_path / "f.json")
     assert result.exit_code == 0, result.output
     assert result.stderr == "" and "worst layers" not in result.stdout
     (candidate,) = json.loads((tmp_path / "f.json").read_text())["candidates"]
     assert candidate["layers"] == [] and 0 < candidate["velocity"]["overall"] < 0.1
+    assert candidate["lpips"]["mean"] > 0 and f"{candidate['lpips']['mean']:.4f}" in result.stdout
     assert candidate["velocity"]["low"] is None and candidate["psnr"]["low"] is None
 
 

@@ -153,6 +153,15 @@ def test_layer_inputs_are_those_of_the_layers(pipe: Any, problems: list[Problem]
     assert found.output == pytest.approx(relative_error(x.float() @ changed.T, x.float() @ weight.T), rel=1e-3)
 
 
+def test_a_layer_of_zeros_has_no_relative_error(pipe: Any) -> None:
+    plan = flux_plan(flux_dims(dict(pipe.transformer.config)))
+    state = dict(pipe.transformer.state_dict())
+    state["single_transformer_blocks.0.proj_mlp.weight"] = torch.zeros(512, 128)
+    errors = {e.name: e for e in layer_errors(plan, state, pipe.transformer, None)}
+    found = errors.pop("single_transformer_blocks.0.ff.up")
+    assert (found.weight, found.output) == (None, None) and all(e.weight == 0 for e in errors.values())
+
+
 def test_nan_names_the_candidate(pipe: Any, problems: list[Problem]) -> None:
     evaluation = Evaluation(pipe, problems[:1], replace(SETTINGS, batch_size=1), keep_inputs=False)
     with pytest.raises(FormatError, match="broken: step 1: the velocity holds NaN or Inf"):

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from tiny_models import save_random_lpips
 from tonfa.errors import CheckpointError, FormatError
 from tonfa.evaluate.adherence import ColorTable, edge_scores, image_edges, lab, object_colors
-from tonfa.evaluate.lpips import LAYERS, MEAN, STD, Lpips
+from tonfa.evaluate.lpips import MEAN, STD, Lpips
 from tonfa.evaluate.similarity import C1, C2, psnr, ssim, to_unit
 from tonfa.evaluate.statistics import estimate, geometric_mean, interval
 
@@ -134,17 +134,7 @@ def test_colors_are_named_by_their_neighbors() -> None:
 
 @pytest.fixture
 def lpips_files(tmp_path: Path) -> tuple[Path, Path]:
-    g = torch.Generator().manual_seed(0)
-    backbone = {"classifier.6.bias": torch.zeros(1000)}
-    heads = {}
-    for i, (index, out, into, kernel, _, _) in enumerate(LAYERS):
-        fan_in = into * kernel**2
-        backbone[f"features.{index}.weight"] = torch.randn(out, into, kernel, kernel, generator=g) * (2 / fan_in) ** 0.5
-        backbone[f"features.{index}.bias"] = 0.1 * torch.randn(out, generator=g)
-        heads[f"lin{i}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=g)
-    save_file(backbone, tmp_path / "alexnet.safetensors")
-    save_file(heads, tmp_path / "heads.safetensors")
-    return tmp_path / "alexnet.safetensors", tmp_path / "heads.safetensors"
+    return save_random_lpips(tmp_path)
 
 
 def test_lpips_is_its_formula(lpips_files: tuple[Path, Path]) -> None:
@@ -176,6 +166,9 @@ def test_lpips_is_its_formula(lpips_files: tuple[Path, Path]) -> None:
     lpips = Lpips.from_files(*lpips_files)
     torch.testing.assert_close(lpips.distance(a, b).double(), expected, rtol=1e-4, atol=0)
     assert lpips.distance(a, a).tolist() == [0, 0]
+    assert lpips.distance(a[..., :31, :31], b[..., :31, :31]).min() > 0
+    with pytest.raises(FormatError, match="31 x 31"):
+        lpips.distance(a[..., :30], b[..., :30])
 
 
 def test_lpips_refuses_other_files(lpips_files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,8 +102,13 @@ def _adherence(names: Sequence[str], found: Sequence[Adherence]) -> Table:
 
 
 def _layers(layers: Sequence[LayerError], worst: int) -> Table:
+    """Sorted by the error of outputs, or of weights where no inputs were collected; what has no value comes first."""
+
+    def size(layer: LayerError) -> float:
+        errors = [e for e in (layer.output, layer.weight) if e is not None]
+        return errors[0] if errors else math.inf
+
     table = _table("layer", "output", "weight")
-    for layer in sorted(layers, key=lambda e: -(e.output if e.output is not None else e.weight))[:worst]:
-        output = "-" if layer.output is None else f"{layer.output:.4f}"
-        table.add_row(layer.name, output, f"{layer.weight:.4f}")
+    for layer in sorted(layers, key=size, reverse=True)[:worst]:
+        table.add_row(layer.name, *("-" if e is None else f"{e:.4f}" for e in (layer.output, layer.weight)))
     return table

@@ -27,10 +27,10 @@ class LayerError:
     """Relative errors of one linear, Frobenius norms over those of the reference."""
 
     name: str
-    weight: float
-    """||W' - W|| / ||W||."""
+    weight: float | None
+    """||W' - W|| / ||W||; None where W is zero and W' is not."""
     output: float | None
-    """||y' - y|| / ||x W^T|| over inputs of the reference's trajectory; None where none were collected."""
+    """||y' - y|| / ||x W^T|| over inputs of the reference's trajectory; None too where none were collected."""
 
 
 @dataclass
@@ -93,19 +93,24 @@ def layer_errors(
         device = next(candidate.parameters()).device
         weight, bias = (t.float() for t in gather(linear, reference, device))
         layer = _layer(candidate, linear, state)
-        # The norm that both errors are relative to is never 0 for a weight that does something.
-        tiny = torch.finfo(torch.float32).tiny
-        weight_error = float((layer.weight - weight).norm() / weight.norm().clamp_min(tiny))
         x = None if inputs is None else inputs.of(linear)
         output_error = None
         if x is not None:
             x = x.to(device)
             exact = x.float() @ weight.T
             difference = layer.output(x).float() - (exact + bias)
-            output_error = float(difference.norm() / exact.norm().clamp_min(tiny))
-        found.append(LayerError(linear.name, weight_error, output_error))
+            output_error = _relative(difference, exact)
+        found.append(LayerError(linear.name, _relative(layer.weight - weight, weight), output_error))
         on_layer()
     return found
+
+
+def _relative(difference: Tensor, exact: Tensor) -> float | None:
+    """The ratio of the norms; 0 for 0 / 0, None where it has no value."""
+    above, below = float(difference.norm()), float(exact.norm())
+    if below == 0:
+        return 0.0 if above == 0 else None
+    return above / below
 
 
 @dataclass(frozen=True)

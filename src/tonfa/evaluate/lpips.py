@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tonfa.checkpoint.strict import Spec, check
 from tonfa.checkpoint.tensors import TensorFiles
+from tonfa.errors import FormatError
 
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Of the network's input, for pictures from -1 to 1."""
@@ -33,6 +34,9 @@ LAYERS = (
 """Index in torchvision's `features`, out channels, in channels, kernel, stride, padding."""
 POOLED = (3, 6)
 """Convolutions after a maximum over 3 x 3 at a stride of 2."""
+
+SMALLEST = 31
+"""Pixels a side, below which the last layers have nothing to read."""
 
 
 def _backbone_spec() -> Spec:
@@ -74,7 +78,9 @@ class Lpips:
         a: Tensor,  # (B, 3, H, W) float from 0 to 1
         b: Tensor,  # (B, 3, H, W) float from 0 to 1
     ) -> Tensor:  # (B,) float32
-        """One distance for each pair."""
+        """One distance for each pair. Raises FormatError for pictures that are too small."""
+        if min(a.shape[2:]) < SMALLEST:
+            raise FormatError(f"LPIPS needs pictures of {SMALLEST} x {SMALLEST} pixels, got {tuple(a.shape[2:])}")
         total = torch.zeros(len(a))
         for f, g, w in zip(self._features(a), self._features(b), self._heads, strict=True):
             total += torch.einsum("bchw,c->bhw", (f - g).square(), w).mean(dim=(1, 2))
