@@ -120,6 +120,7 @@ def test_the_overall_error_is_the_geometric_mean_over_timesteps(pipe: Any, probl
     assert found.by_timestep == pytest.approx(means.tolist())
     assert found.overall == pytest.approx(float(means.log().mean().exp()))
     by_picture = [float(errors[:, i].log().mean().exp()) for i in range(2)]
+    assert found.by_picture == pytest.approx(by_picture)
     assert found.low == pytest.approx(min(by_picture)) and found.high == pytest.approx(max(by_picture))
 
 

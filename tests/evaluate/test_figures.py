@@ -57,6 +57,7 @@ def test_to_unit() -> None:
 def test_estimate_leaves_infinite_values_out_and_counts_them() -> None:
     found = estimate([1.0, 2.0, 3.0, math.inf])
     assert (found.mean, found.count, found.infinite) == (2.0, 3, 1)
+    assert found.values == (1.0, 2.0, 3.0, None)
     assert found.percentile_5 == pytest.approx(1.1)
     assert found.low is not None and found.high is not None and 1 <= found.low < 2 < found.high <= 3
     assert estimate([math.inf, math.inf]).mean is None and estimate([math.inf, math.inf]).infinite == 2

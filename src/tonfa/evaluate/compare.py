@@ -43,6 +43,8 @@ class Velocity:
     """From 1, all noise, to 0."""
     by_timestep: tuple[float, ...]
     """Means over pictures."""
+    by_picture: tuple[float, ...]
+    """Geometric means over timesteps."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,14 @@ class Evaluation:
             return geometric_mean(rows.mean(axis=0))
 
         low, high = interval(by_picture, overall, self.seed) or (None, None)
-        timesteps = tuple(call.timestep for call in self.trajectories[0].calls)
-        return Velocity(overall(by_picture), low, high, timesteps, tuple(by_picture.mean(axis=0).tolist()))
+        return Velocity(
+            overall=overall(by_picture),
+            low=low,
+            high=high,
+            timesteps=tuple(call.timestep for call in self.trajectories[0].calls),
+            by_timestep=tuple(by_picture.mean(axis=0).tolist()),
+            by_picture=tuple(geometric_mean(row) for row in by_picture),
+        )
 
     def steps_of_drawing(self) -> int:
         """How often `on_step` is called."""

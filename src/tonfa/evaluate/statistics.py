@@ -32,6 +32,8 @@ class Estimate:
     """Finite values."""
     infinite: int
     """Values left out: a PSNR of equal pictures is infinite."""
+    values: tuple[float | None, ...]
+    """One for each sample, None where it is infinite: what two candidates are compared by, picture by picture."""
 
 
 def interval(
@@ -57,12 +59,13 @@ def estimate(values: npt.ArrayLike, seed: int = 0) -> Estimate:
     if np.isnan(array).any():
         raise FormatError("a value over which a mean is taken is NaN")
     finite = array[np.isfinite(array)]
+    every = tuple(float(value) if np.isfinite(value) else None for value in array)
     if not len(finite):
-        return Estimate(None, None, None, None, 0, len(array))
+        return Estimate(None, None, None, None, 0, len(array), every)
     found = interval(finite, lambda rows: float(rows.mean()), seed)
     low, high = found or (None, None)
     fifth = float(np.quantile(finite, 0.05))
-    return Estimate(float(finite.mean()), low, high, fifth, len(finite), len(array) - len(finite))
+    return Estimate(float(finite.mean()), low, high, fifth, len(finite), len(array) - len(finite), every)
 
 
 def geometric_mean(values: npt.ArrayLike) -> float:
