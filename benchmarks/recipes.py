@@ -27,6 +27,7 @@ from tonfa.bench.protocol import append, error_record, results_file
 from tonfa.evaluate.compare import Evaluation, Velocity
 from tonfa.evaluate.drawing import Settings
 from tonfa.evaluate.problems import read_problems
+from tonfa.evaluate.statistics import ratio_interval
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.ops.activation import Activations
 from tonfa.quantize.recipe import RECIPES
@@ -136,8 +137,12 @@ def main() -> None:
             "activations": activations_of(name, arguments.activations),
             "seed": arguments.seed,
         }
-        settings = {"interval": [velocity.low, velocity.high], "by_timestep": velocity.by_timestep}
         known = {b: found[b].overall for b in BASELINES if b in found}
+        settings = {
+            "interval": [velocity.low, velocity.high],
+            "ratio_intervals": {b: ratio_interval(velocity.by_picture, found[b].by_picture, 0) for b in known},
+            "by_timestep": velocity.by_timestep,
+        }
         append(target, error_record(case, name, settings, velocity.overall, known, arguments.device))
 
 

@@ -88,6 +88,8 @@ def test_records(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert 0 < values["int8-w8a8"] < values["tonfa-data-free"] < values["rtn"] < 1
     for line in records.values():
         assert (line["bench"], line["unit"], line["case"]["samples"]) == ("error", "relative error", 2)
+        low, high = line["settings"]["ratio_intervals"]["rtn"]
+        assert 0.9 * low < line["ratios"]["rtn"] < 1.1 * high
         assert line["ratios"]["rtn"] == pytest.approx(line["value"] / values["rtn"], abs=1e-3)
     assert records["rtn"]["case"]["activations"] == "int4" and records["int8-w8a8"]["case"]["activations"] == "int8"
     assert "/ svdquant" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from tonfa.errors import CheckpointError, FormatError
 from tonfa.evaluate.adherence import ColorTable, edge_scores, image_edges, lab, object_colors
 from tonfa.evaluate.lpips import MEAN, STD, Lpips
 from tonfa.evaluate.similarity import C1, C2, psnr, ssim, to_unit
-from tonfa.evaluate.statistics import estimate, geometric_mean, interval
+from tonfa.evaluate.statistics import estimate, geometric_mean, interval, ratio_interval
 
 
 def test_psnr_of_known_errors() -> None:
@@ -58,7 +58,7 @@ def test_estimate_leaves_infinite_values_out_and_counts_them() -> None:
     found = estimate([1.0, 2.0, 3.0, math.inf])
     assert (found.mean, found.count, found.infinite) == (2.0, 3, 1)
     assert found.values == (1.0, 2.0, 3.0, None)
-    assert found.percentile_5 == pytest.approx(1.1)
+    assert (found.percentile_5, found.median) == (pytest.approx(1.1), 2)
     assert found.low is not None and found.high is not None and 1 <= found.low < 2 < found.high <= 3
     assert estimate([math.inf, math.inf]).mean is None and estimate([math.inf, math.inf]).infinite == 2
     one = estimate([5.0])
@@ -86,6 +86,17 @@ def test_interval_repeats_covers_and_shrinks() -> None:
         found = interval(rng.normal(0, 1, (60, 1)), mean, seed=0) or (0, 0)
         covered += found[0] <= 0 <= found[1]
     assert covered >= 50  # 57 expected
+
+
+def test_ratios_of_the_same_samples_are_surer_than_of_others() -> None:
+    rng = np.random.default_rng(0)
+    baseline = np.exp(rng.normal(0, 1, 30))
+    values = 0.7 * baseline * np.exp(rng.normal(0, 0.01, 30))
+    low, high = ratio_interval(values, baseline, seed=0) or (0, 0)
+    assert 0.69 < low < 0.7 < high < 0.71
+    mixed = ratio_interval(values, baseline[::-1], seed=0) or (0, 0)
+    assert mixed[1] - mixed[0] > 20 * (high - low)
+    assert ratio_interval(values[:1], baseline[:1], seed=0) is None
 
 
 def test_geometric_mean() -> None:

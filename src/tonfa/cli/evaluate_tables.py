@@ -63,21 +63,24 @@ def _estimate(value: Estimate | None, digits: int, of_equal: str = "-") -> str:
     return f"{text}, {value.infinite} equal" if value.infinite else text
 
 
-def _fifth(value: Estimate, digits: int, of_equal: str = "-") -> str:
-    return of_equal if value.percentile_5 is None else f"{value.percentile_5:.{digits}f}"
+def _number(value: float | None, digits: int, missing: str = "-") -> str:
+    return missing if value is None else f"{value:.{digits}f}"
 
 
 def _pictures(names: Sequence[str], comparisons: Sequence[Comparison]) -> Table:
     with_lpips = any(c.lpips is not None for c in comparisons)
-    table = _table("candidate", "velocity error", "PSNR dB", "5th pct", "SSIM", "5th pct", *["LPIPS"] * with_lpips)
+    table = _table(
+        "candidate", "velocity error", "PSNR dB", "median", "5th pct", "SSIM", "5th pct", *["LPIPS"] * with_lpips
+    )
     for name, c in zip(names, comparisons, strict=True):
         row = [
             name,
             _with_interval(c.velocity.overall, c.velocity.low, c.velocity.high, 4),
             _estimate(c.psnr, 2, "equal"),
-            _fifth(c.psnr, 2, "equal"),
+            _number(c.psnr.median, 2, "equal"),
+            _number(c.psnr.percentile_5, 2, "equal"),
             _estimate(c.ssim, 4),
-            _fifth(c.ssim, 4),
+            _number(c.ssim.percentile_5, 4),
         ]
         table.add_row(*row, *[_estimate(c.lpips, 4)] * with_lpips)
     return table

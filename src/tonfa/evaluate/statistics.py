@@ -27,6 +27,7 @@ class Estimate:
     low: float | None
     """Of the 95 % interval; None for fewer than two finite values."""
     high: float | None
+    median: float | None
     percentile_5: float | None
     count: int
     """Finite values."""
@@ -61,11 +62,26 @@ def estimate(values: npt.ArrayLike, seed: int = 0) -> Estimate:
     finite = array[np.isfinite(array)]
     every = tuple(float(value) if np.isfinite(value) else None for value in array)
     if not len(finite):
-        return Estimate(None, None, None, None, 0, len(array), every)
+        return Estimate(None, None, None, None, None, 0, len(array), every)
     found = interval(finite, lambda rows: float(rows.mean()), seed)
     low, high = found or (None, None)
-    fifth = float(np.quantile(finite, 0.05))
-    return Estimate(float(finite.mean()), low, high, fifth, len(finite), len(array) - len(finite), every)
+    fifth, median = np.quantile(finite, [0.05, 0.5])
+    return Estimate(
+        mean=float(finite.mean()),
+        low=low,
+        high=high,
+        median=float(median),
+        percentile_5=float(fifth),
+        count=len(finite),
+        infinite=len(array) - len(finite),
+        values=every,
+    )
+
+
+def ratio_interval(values: npt.ArrayLike, baseline: npt.ArrayLike, seed: int) -> tuple[float, float] | None:
+    """Of the geometric mean of value / baseline, positive numbers of the same samples; None for fewer than two."""
+    ratios = np.asarray(values, dtype=np.float64) / np.asarray(baseline, dtype=np.float64)
+    return interval(ratios, geometric_mean, seed)
 
 
 def geometric_mean(values: npt.ArrayLike) -> float:
