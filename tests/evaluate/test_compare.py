@@ -193,9 +193,18 @@ def test_adherence_of_known_scenes(pipe: Any, problems: list[Problem], tmp_path:
     assert colors is not None and colors.color is not None and colors.color.mean == 0
 
 
-def test_masks_have_the_size_of_the_pictures(pipe: Any, problems: list[Problem], tmp_path: Path) -> None:
+def test_pictures_are_read_before_any_is_drawn(
+    pipe: Any, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("drawn before the problems were checked")
+
+    monkeypatch.setattr("tonfa.evaluate.compare.draw", never)
+    (tmp_path / "cut.png").write_bytes((problems[1].control or tmp_path).read_bytes()[:-60])
+    with pytest.raises(CheckpointError, match=r"cut\.png is no complete picture"):
+        Evaluation(pipe, [problems[0], replace(problems[1], control=tmp_path / "cut.png")], SETTINGS)
     Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(tmp_path / "small.png")
-    with pytest.raises(FormatError, match=r"small.png: is 16 x 16, the picture 48 x 32"):
+    with pytest.raises(FormatError, match=r"small\.png: is 16 x 16, the picture 48 x 32"):
         Evaluation(pipe, [replace(problems[0], mask=tmp_path / "small.png")], SETTINGS)
     Image.new("RGB", (48, 32)).save(tmp_path / "rgb.png")
     with pytest.raises(CheckpointError, match="one channel, got mode RGB"):
