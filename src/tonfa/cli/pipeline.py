@@ -99,10 +99,11 @@ def examine(model: str, transformer: str | None) -> Facts:
     if config is None:
         raise CheckpointError(f"{transformer or model}: it has no config.json of a transformer")
     # Nunchaku's folders do not say of themselves that they are quantized; nothing else is taken as --transformer.
-    return Facts(_takes_control(config), transformer is not None or config.get("quantization_config") is not None)
+    return Facts(takes_control(config), transformer is not None or config.get("quantization_config") is not None)
 
 
-def _takes_control(config: Mapping[str, Any]) -> bool:
+def takes_control(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer reads a control image. Raises UnsupportedError for other inputs."""
     read = int(config.get("in_channels") or 64)
     written = int(config.get("out_channels") or read)
     if read == written:
@@ -162,26 +163,33 @@ def _components(model: str, transformer: str | None, placement: Placement) -> di
 def load(model: str, transformer: str | None, control: bool, placement: Placement) -> Any:
     """The pipeline on its device. Without `transformer`, the model's own is taken, in whatever precision it is."""
     quieten_libraries()
+    components = _components(model, transformer, placement)
+    pipe = assemble(model, components, control, placement)
+    if not components and placement.activations is not None:
+        pipe.transformer.set_activations(placement.activations)
+    if not components and placement.attention is not None:
+        pipe.transformer.set_attention(placement.attention)
+    if placement.offload:
+        pipe.enable_model_cpu_offload(device=placement.device)
+        return pipe
+    return pipe.to(placement.device)
+
+
+def assemble(model: str, components: Mapping[str, Any], control: bool, placement: Placement) -> Any:
+    """The pipeline on the CPU, with `components` in place of the model's own."""
+    quieten_libraries()
     from diffusers import FluxControlPipeline, FluxPipeline
 
     import tonfa  # noqa: F401  (Diffusers finds a saved 4-bit transformer's class in an imported `tonfa` alone)
 
-    components = _components(model, transformer, placement)
     pipeline_class = FluxControlPipeline if control else FluxPipeline
     try:
         pipe = pipeline_class.from_pretrained(model, dtype=placement.dtype, **components)
     except ValueError as error:
         raise CheckpointError(f"model {model}: it does not load: {error}") from error
     prompts_may_be_cut()
-    if not components and placement.activations is not None:
-        pipe.transformer.set_activations(placement.activations)
-    if not components and placement.attention is not None:
-        pipe.transformer.set_attention(placement.attention)
     pipe.set_progress_bar_config(disable=True)
-    if placement.offload:
-        pipe.enable_model_cpu_offload(device=placement.device)
-        return pipe
-    return pipe.to(placement.device)
+    return pipe
 
 
 def describe_transformer(transformer: Any, placement: Placement) -> str:
