@@ -7,6 +7,7 @@ import torch
 
 from tonfa import dispatch
 from tonfa.errors import UnsupportedError
+from tonfa.kernels.cuda import compiler, launch
 from tonfa.ops.activation import ACTIVATIONS
 from tonfa.ops.table import OPS
 
@@ -61,6 +62,8 @@ def test_default_policy_of_each_gpu(
     capability: tuple[int, int], activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for module in (compiler, launch):
+        monkeypatch.setattr(module, "problem", lambda: None)
     assert dispatch.default_activations(torch.device("cuda")) == activations
 
 

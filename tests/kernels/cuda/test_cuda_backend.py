@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tonfa import dispatch
 from tonfa.errors import UnsupportedError
-from tonfa.kernels.cuda import compiler
+from tonfa.kernels.cuda import compiler, launch
 
 GPU = torch.device("cuda", 0)
 
@@ -19,7 +22,9 @@ GPU = torch.device("cuda", 0)
 def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[int, int]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(compiler, "problem", lambda: None)
+    for module in (compiler, launch):
+        monkeypatch.setattr(module, "problem", lambda: None)
+    dispatch._warn_once.cache_clear()
     return request.param
 
 
@@ -29,16 +34,17 @@ def note(activations: str = "int4", device: torch.device = GPU) -> tuple[bool, s
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)], indirect=True)
-def test_where_tensor_cores_have_int4_it_must_be_asked_for(capability: tuple[int, int]) -> None:
-    gpu = "sm_{}{}".format(*capability)
-    assert dispatch.bind(GPU, "int4", backend="cuda").backend == "cuda"
-    assert note() == (False, f"only if asked for by backend='cuda': the kernels have not run on an {gpu} GPU yet")
+def test_where_tensor_cores_have_int4_it_is_the_default(capability: tuple[int, int]) -> None:
+    assert dispatch.default_activations(GPU) == "int4"
+    assert dispatch.bind(GPU, "int4") is dispatch.bind(GPU, "int4", backend="cuda")
+    assert dispatch.bind(GPU, "int4").backend == "cuda" and note() == (True, "kernel")
     assert dispatch.bind(GPU, "int8").backend != "cuda"
     assert note("int8") == (False, "activations='int8' is not among its int4")
 
 
 @pytest.mark.parametrize("capability", [(9, 0)], indirect=True)
 def test_where_int4_is_emulated_it_must_be_asked_for(capability: tuple[int, int]) -> None:
+    assert dispatch.default_activations(GPU) == "fp8"
     assert dispatch.bind(GPU, "int4").backend != "cuda"
     assert dispatch.bind(GPU, "int4", backend="cuda").backend == "cuda"
     assert note() == (False, "only if asked for by backend='cuda': sm_90 emulates INT4 products, exact but slow")
@@ -48,15 +54,48 @@ def test_where_int4_is_emulated_it_must_be_asked_for(capability: tuple[int, int]
 def test_other_architectures_are_refused(capability: tuple[int, int]) -> None:
     with pytest.raises(UnsupportedError, match="has no INT4 tensor cores .* choose activations='int8'"):
         dispatch.bind(GPU, "int4", backend="cuda")
+    assert dispatch.default_activations(GPU) == ("int8" if capability < (8, 9) else "fp8")
 
 
 @pytest.mark.parametrize("capability", [(8, 6)], indirect=True)
-def test_without_a_compiler_the_next_backend_is_taken(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("module", [compiler, launch], ids=["compiler", "driver"])
+def test_what_is_missing_is_said_once_and_the_next_backend_is_taken(
+    capability: tuple[int, int], module: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reason = "cuda-bindings is not installed: pip install 'tonfa[cuda]'"
-    monkeypatch.setattr(compiler, "problem", lambda: reason)
-    assert dispatch.bind(GPU, "int4").backend != "cuda" and note() == (False, reason)
+    monkeypatch.setattr(module, "problem", lambda: reason)
+    for _ in range(2):
+        assert dispatch.bind(GPU, "int4").backend == "reference" and note() == (False, reason)
+        assert dispatch.default_activations(GPU) == "int8"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"activations='int4' on cuda:0: backend reference computes, because {reason}",
+        f"activations are quantized to int8 instead of int4 on cuda:0: {reason}",
+    ]
+    with pytest.raises(UnsupportedError, match="nothing computes .* cuda-bindings is not installed"):
+        dispatch.bind(GPU, "int4", backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (13000, None),
+        (14020, None),
+        (12040, "made for CUDA 12.4, NVRTC is 13.0: .* 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12"),
+        (None, "the NVIDIA driver cannot be asked .*: update it"),
+    ],
+)
+def test_the_driver_must_not_be_older_than_the_compiler(
+    version: int | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask() -> tuple[int, int]:
+        if version is None:
+            raise RuntimeError('Function "cuDriverGetVersion" not found')
+        return (0, version)
+
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuDriverGetVersion=ask))
+    monkeypatch.setattr(launch, "compiler_version", lambda: "13.0")
+    found = launch.problem.__wrapped__()
+    assert found is None if expected is None else re.search(expected, found)
 
 
 def test_it_computes_on_no_other_device() -> None:

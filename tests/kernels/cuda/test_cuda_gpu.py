@@ -5,7 +5,6 @@ Run `pytest -m gpu tests/kernels/cuda` on sm_80, sm_86, sm_89 or (emulated) sm_9
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import replace
 
@@ -37,7 +36,6 @@ from tonfa.weights import SVDQWeights, W4A16Weights
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif("TONFA_UNVERIFIED" not in os.environ, reason="no GPU has run these yet: set TONFA_UNVERIFIED=1"),
     pytest.mark.skipif(compiler.problem() is not None, reason=compiler.problem() or ""),
     pytest.mark.usefixtures("poisoned"),
 ]
@@ -86,7 +84,7 @@ def assert_quantized(x: Tensor, w: SVDQWeights) -> QuantizedActivation:
     assert torch.equal(unpacked.codes.cpu(), expected.codes)
     exact = x.double() @ w.proj_down.double()
     assert found.lowrank.shape == exact.shape
-    assert relative_error(found.lowrank.cpu(), exact) < 2e-6
+    assert not exact.numel() or relative_error(found.lowrank.cpu(), exact) < 2e-6
     return found
 
 
@@ -108,7 +106,7 @@ def test_quantize(k: int, rows: int, unsigned: bool, dtype: torch.dtype, generat
     assert_quantized(x.abs() if unsigned else x, w)
 
 
-@pytest.mark.parametrize("rank", [*range(16, 257, 16), 5, 512])
+@pytest.mark.parametrize("rank", [*range(16, 257, 16), 0, 5, 512])
 def test_ranks(rank: int, generator: torch.Generator) -> None:
     w = random_weights(192, 320, rank, generator=generator)
     x = assert_quantized(outlier_input(37, 320, generator), w)
@@ -188,7 +186,9 @@ def test_published_gelu_mlp() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "n", "rank"), [(1, 64, 16), (130, 192, 32), (300, 1024, 80), (257, 640, 256)])
+@pytest.mark.parametrize(
+    ("rows", "n", "rank"), [(300, 1024, 0), (1, 64, 16), (130, 192, 32), (300, 1024, 80), (257, 640, 256)]
+)
 def test_product_gelu_quantize(rows: int, n: int, rank: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     w = on_gpu(random_weights(n, 256, generator=generator, dtype=dtype))
     following = on_gpu(random_weights(64, n, rank, generator=generator, unsigned=True, dtype=dtype))
@@ -201,7 +201,7 @@ def test_product_gelu_quantize(rows: int, n: int, rank: int, dtype: torch.dtype,
     assert relative_error(found.scales, composed.scales) < 2**-9
     exact = fused.gelu(plain(x, w, torch.float64)).double() @ following.proj_down.double()
     assert found.lowrank.shape == exact.shape
-    assert relative_error(found.lowrank, exact) <= 2 * relative_error(composed.lowrank, exact)
+    assert rank == 0 or relative_error(found.lowrank, exact) <= 2 * relative_error(composed.lowrank, exact)
     assert_product(found, following)
 
 

@@ -49,7 +49,7 @@ def test_quantize(k: int, rows: int, unsigned: bool, dtype: torch.dtype, generat
     gpu.test_quantize(k, rows, unsigned, dtype, generator)
 
 
-@pytest.mark.parametrize("rank", [16, 48, 80, 5])
+@pytest.mark.parametrize("rank", [0, 16, 48, 80, 5])
 def test_ranks(rank: int, generator: torch.Generator) -> None:
     gpu.test_ranks(rank, generator)
 
@@ -83,7 +83,8 @@ def test_published_gelu_mlp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "rank", "dtype"), [(1, 64, 16, BF16), (130, 192, 32, FP16), (129, 1024, 80, BF16)]
+    ("rows", "n", "rank", "dtype"),
+    [(129, 1024, 0, BF16), (1, 64, 16, BF16), (130, 192, 32, FP16), (129, 1024, 80, BF16)],
 )
 def test_product_gelu_quantize(rows: int, n: int, rank: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     gpu.test_product_gelu_quantize(rows, n, rank, dtype, generator)

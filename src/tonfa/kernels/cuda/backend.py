@@ -23,16 +23,21 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
     if capability not in NATIVE + EMULATED:
         major, minor = capability
         return f"sm_{major}{minor} has no INT4 tensor cores (sm_80, sm_86 and sm_89 have): choose activations='int8'"
-    from tonfa.kernels.cuda import compiler
-
-    return compiler.problem()
+    return None
 
 
 def _reason_to_wait(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) in NATIVE:
-        return f"only if asked for by backend='cuda': the kernels have not run on an sm_{major}{minor} GPU yet"
+        return None
     return f"only if asked for by backend='cuda': sm_{major}{minor} emulates INT4 products, exact but slow"
+
+
+def missing() -> str | None:
+    """What keeps kernels from being compiled or loaded here, and how to get it; None if nothing does."""
+    from tonfa.kernels.cuda import compiler, launch
+
+    return compiler.problem() or launch.problem()
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
@@ -60,4 +65,4 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     }
 
 
-BACKEND = Backend("cuda", ("int4",), _reason_against, _table, _reason_to_wait)
+BACKEND = Backend("cuda", ("int4",), _reason_against, _table, _reason_to_wait, missing)

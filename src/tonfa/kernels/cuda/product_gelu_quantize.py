@@ -90,7 +90,7 @@ def product_gelu_quantize(
     epilogue = Following(code_output(out), *pointers, rank, tiles)
     chosen = kernel(x.dtype, w.unsigned, following.unsigned)
     launch(chosen, device, (height, slices, bands), parameters, epilogue)
-    if slices > 1:
+    if slices > 1 and rank:
         count = rows * rank // 4
         sums = Partials(partial.data_ptr(), out.lowrank.data_ptr(), count, slices)
         launch(add_kernel(), device, (-(-count // _ADD_THREADS),), sums)

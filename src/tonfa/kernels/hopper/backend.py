@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tonfa.kernels.cuda import backend as cuda
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, InputWeights, QuantizedActivation
@@ -23,9 +24,7 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"it is written for sm_90, this GPU is sm_{capability[0]}{capability[1]}"
-    from tonfa.kernels.cuda import compiler
-
-    return compiler.problem() or triton.BACKEND.reason_against(device, activations)
+    return triton.BACKEND.reason_against(device, activations)
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
@@ -70,4 +69,4 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     }
 
 
-BACKEND = Backend("hopper", ("fp8",), _reason_against, _table)
+BACKEND = Backend("hopper", ("fp8",), _reason_against, _table, missing=cuda.missing)
