@@ -45,3 +45,13 @@ def test_4_bit_modulation_holds_its_one_in_the_bias(batch: int, device: str, gen
 def test_channels_must_fit_groups() -> None:
     with pytest.raises(FormatError, match="100 is no multiple of the group size 64"):
         W4A16Linear(100, 64)
+
+
+def test_a_backend_can_be_named(generator: torch.Generator) -> None:
+    linear = W4A16Linear(64, 64)
+    linear.load_state_dict(random_modulation(64, 64, generator=generator).tensors())
+    default = linear.binding().kernels
+    linear.set_backend("int4", "reference")
+    assert (linear.binding().kernels.backend, linear.binding().kernels.activations) == ("reference", "int4")
+    linear.set_backend("none", None)
+    assert linear.binding().kernels is default

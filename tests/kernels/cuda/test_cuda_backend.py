@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from support import outlier_input, random_modulation, random_weights
 from tonfa import dispatch
 from tonfa.errors import UnsupportedError
-from tonfa.kernels.cuda import compiler, launch
+from tonfa.kernels.cuda import backend, compiler, launch
+from tonfa.ops.activation import InputWeights
+from tonfa.weights import SVDQWeights, W4A16Weights
 
 GPU = torch.device("cuda", 0)
 
@@ -26,6 +29,10 @@ def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
         monkeypatch.setattr(module, "problem", lambda: None)
     dispatch._warn_once.cache_clear()
     return request.param
+
+
+def input_weights(w: SVDQWeights) -> InputWeights:
+    return InputWeights(w.smooth_factor, w.proj_down, w.unsigned, "int4")
 
 
 def note(activations: str = "int4", device: torch.device = GPU) -> tuple[bool, str]:
@@ -96,6 +103,38 @@ def test_the_driver_must_not_be_older_than_the_compiler(
     monkeypatch.setattr(launch, "compiler_version", lambda: "13.0")
     found = launch.problem.__wrapped__()
     assert found is None if expected is None else re.search(expected, found)
+
+
+@pytest.mark.parametrize("capability", [(8, 6)], indirect=True)
+def test_float32_layers_are_computed_by_the_reference_and_the_log_says_so_once(
+    capability: tuple[int, int], caplog: pytest.LogCaptureFixture, generator: torch.Generator
+) -> None:
+    backend._warn_once.cache_clear()
+    ours, theirs = (dispatch.bind(GPU, "int4", backend=name) for name in ("cuda", "reference"))
+    w = random_weights(256, 64, generator=generator, dtype=torch.float32)
+    following = random_weights(64, 256, generator=generator, dtype=torch.float32, unsigned=True)
+    x = outlier_input(6, 64, generator, torch.float32)
+    scale, gate = torch.randn(2, 64, generator=generator), torch.randn(2, 256, generator=generator)
+    residual, modulation = torch.randn(2, 3, 256, generator=generator), random_modulation(64, 64, generator=generator)
+    modulation = W4A16Weights(
+        **{name: t.float() if t.is_floating_point() else t for name, t in vars(modulation).items()}
+    )
+
+    def run(kernels: dispatch.Kernels) -> list[torch.Tensor]:
+        packed, inputs = kernels.pack_product(w), kernels.pack_input(input_weights(w))
+        normed = kernels.norm_modulate_quantize(x.view(2, 3, 64), scale, scale, inputs)
+        hidden = kernels.product_gelu_quantize(normed, packed, kernels.pack_input(input_weights(following)))
+        return [
+            kernels.product(kernels.quantize(x, inputs), packed),
+            kernels.product(hidden, kernels.pack_product(following)),
+            kernels.product_gate_residual(normed, packed, residual, gate),
+            kernels.w4a16(x, kernels.pack_w4a16(modulation)),
+        ]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(ours), run(theirs), strict=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        "layers with torch.float32 weights are computed by the reference, slowly: take .to(torch.bfloat16)"
+    ]
 
 
 def test_it_computes_on_no_other_device() -> None:

@@ -8,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import simulator
+import test_cuda_flux as flux
 import test_cuda_gpu as gpu
 import torch
+
+from tonfa import dispatch
+from tonfa.kernels.cuda import compiler, launch
 
 pytestmark = [
     pytest.mark.skipif(simulator.COMPILER is None, reason="needs g++"),
@@ -34,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _simulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GPU", "cpu")
+    for tests in (gpu, flux):
+        monkeypatch.setattr(tests, "GPU", "cpu")
     for op in OPS:
         module = importlib.import_module(f"tonfa.kernels.cuda.{op}")
         monkeypatch.setattr(module, "launch", simulator.launcher(folder))
@@ -135,3 +140,11 @@ def test_a_shared_input_is_quantized_once(generator: torch.Generator) -> None:
 
 def test_no_rows_are_no_error(generator: torch.Generator) -> None:
     gpu.test_no_rows_are_no_error(generator)
+
+
+def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_reason_against", lambda *_: None)
+    for module in (compiler, launch):
+        monkeypatch.setattr(module, "problem", lambda: None)
+    monkeypatch.setattr(flux, "SMALL", {**flux.SMALL, "num_layers": 1, "num_single_layers": 1})
+    flux.test_a_step(32, (32, 48), 5, BF16)

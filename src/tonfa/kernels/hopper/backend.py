@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tonfa.kernels.cuda import backend as cuda
+from tonfa.kernels.route import route
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, InputWeights, QuantizedActivation
@@ -33,13 +34,11 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
 
     theirs = triton.BACKEND.table(activations)
 
-    def route(ours: Callable[..., Any], other: Callable[..., Any], place: int) -> Callable[..., Any]:
-        """By who packed the weights, the argument at `place`."""
-        packed = (inputs.PackedInput, products.PackedProduct)
-        return lambda *arguments: (ours if isinstance(arguments[place], packed) else other)(*arguments)
+    def by_weights(ours: Callable[..., Any], op: str, place: int) -> Callable[..., Any]:
+        return route(ours, theirs[op], (inputs.PackedInput, products.PackedProduct), place)
 
-    quantize = route(inputs.quantize, theirs["quantize"], 1)
-    product = route(products.product, theirs["product"], 1)
+    quantize = by_weights(inputs.quantize, "quantize", 1)
+    product = by_weights(products.product, "product", 1)
 
     def product_gelu_quantize(x: QuantizedActivation, w: Any, following: Any) -> Any:
         mine = isinstance(w, products.PackedProduct)
@@ -61,11 +60,11 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "pack_product": pack_product,
         "quantize": quantize,
         "product": product,
-        "norm_modulate_quantize": route(inputs.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
-        "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),
-        "product_norm_rope_into": route(products.product_norm_rope_into, theirs["product_norm_rope_into"], 1),
+        "norm_modulate_quantize": by_weights(inputs.norm_modulate_quantize, "norm_modulate_quantize", 3),
+        "product_norm_rope": by_weights(products.product_norm_rope, "product_norm_rope", 1),
+        "product_norm_rope_into": by_weights(products.product_norm_rope_into, "product_norm_rope_into", 1),
         "product_gelu_quantize": product_gelu_quantize,
-        "product_gate_residual": route(products.product_gate_residual, theirs["product_gate_residual"], 1),
+        "product_gate_residual": by_weights(products.product_gate_residual, "product_gate_residual", 1),
     }
 
 
