@@ -89,7 +89,7 @@ def test_published_gelu_mlp() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "n", "rank", "dtype"),
-    [(129, 1024, 0, BF16), (1, 64, 16, BF16), (130, 192, 32, FP16), (129, 1024, 80, BF16)],
+    [(5, 1024, 0, BF16), (1, 64, 16, BF16), (130, 192, 32, FP16), (129, 1024, 80, BF16)],
 )
 def test_product_gelu_quantize(rows: int, n: int, rank: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     gpu.test_product_gelu_quantize(rows, n, rank, dtype, generator)
@@ -125,9 +125,14 @@ def test_w4a16(n: int, k: int, batch: int, dtype: torch.dtype, generator: torch.
     gpu.test_w4a16(n, k, batch, dtype, generator)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_adversarial_inputs(dtype: torch.dtype, generator: torch.Generator) -> None:
-    gpu.test_adversarial_inputs(dtype, generator)
+@pytest.mark.parametrize(("unsigned", "dtype"), [(False, BF16), (False, FP16), (True, BF16), (True, FP16)])
+def test_adversarial_inputs(unsigned: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
+    gpu.test_adversarial_inputs(unsigned, dtype, generator)
+
+
+@pytest.mark.parametrize("name", ["awq_adanorm_zero_6x128_1024", "awq_adanorm_zero_6x128_256_padded_groups"])
+def test_published_modulation(name: str) -> None:
+    gpu.test_published_modulation(name)
 
 
 def test_a_row_of_nan_stays_alone(generator: torch.Generator) -> None:
@@ -146,5 +151,7 @@ def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_reason_against", lambda *_: None)
     for module in (compiler, launch):
         monkeypatch.setattr(module, "problem", lambda: None)
-    monkeypatch.setattr(flux, "SMALL", {**flux.SMALL, "num_layers": 1, "num_single_layers": 1})
+    monkeypatch.setattr(
+        flux, "SMALL", {**flux.SMALL, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
+    )
     flux.test_a_step(32, (32, 48), 5, BF16)
