@@ -124,8 +124,8 @@ def product_struct(x: QuantizedActivation, w: PackedProduct) -> tuple[Product, T
         found = f"{2 * bytes_} channels and lowrank of shape {tuple(x.lowrank.shape)}"
         raise FormatError(f"product: expected {w.channels} channels and lowrank ({rows}, {w.rank}), got {found}")
     if x.scales.shape != (rows, w.channels // GROUP_SIZE):
-        found, expected = tuple(x.scales.shape), (rows, w.channels // GROUP_SIZE)
-        raise FormatError(f"product: the input has scales of shape {found}, expected {expected}; quantize it anew")
+        expected = (rows, w.channels // GROUP_SIZE)
+        raise FormatError(f"product: scales of shape {tuple(x.scales.shape)}, expected {expected}; quantize it anew")
     if x.lowrank.dtype != torch.float32:
         raise FormatError(f"product: lowrank is {x.lowrank.dtype}, expected torch.float32; convert it with .float()")
     if x.dtype != w.wscales.dtype or x.scales.dtype != x.dtype:
