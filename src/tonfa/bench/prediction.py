@@ -157,8 +157,7 @@ def step_ms(
             parts["quantize"] += quantize_ms(gpu, m, k, 2 * rank if shared else rank, "norm_modulate_quantize")
     work = flux_work(config, height, width, batch, text_tokens, rank)
     parts["attention"] = 1e3 * work.attention_flops / (DENSE_SHARE * gpu.bf16)
-    copied = 2 * 2 * 3 * work.rows * hidden * layers  # q, k and v of both streams, put together
-    parts["rest"] = 1e3 * (work.outer_flops / (DENSE_SHARE * gpu.bf16) + _moving(gpu, copied))
+    parts["rest"] = 1e3 * work.outer_flops / (DENSE_SHARE * gpu.bf16)
     return parts
 
 

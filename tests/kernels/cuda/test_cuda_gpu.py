@@ -25,7 +25,7 @@ from tonfa.kernels.cuda.primitives import Primitives
 from tonfa.kernels.cuda.product import pack_product, product
 from tonfa.kernels.cuda.product_gate_residual import product_gate_residual
 from tonfa.kernels.cuda.product_gelu_quantize import product_gelu_quantize
-from tonfa.kernels.cuda.product_norm_rope import product_norm_rope
+from tonfa.kernels.cuda.product_norm_rope import product_norm_rope, product_norm_rope_into
 from tonfa.kernels.cuda.quantize import pack_activation, pack_input, quantize, unpack_activation
 from tonfa.kernels.cuda.w4a16 import pack_w4a16, w4a16
 from tonfa.layers.linear import SVDQLinear
@@ -283,6 +283,30 @@ def test_product_norm_rope(length: int, heads: int, size: int, dtype: torch.dtyp
             e = torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).flatten(-2)
         assert relative_error(f, e) <= 2 * relative_error(c, e)
         torch.testing.assert_close(f, c.contiguous(), rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("skip", [0, 1], ids=["aligned", "misaligned"])
+def test_heads_are_written_to_their_place(skip: int, generator: torch.Generator) -> None:
+    """Between other tokens, in either order of heads and tokens; the others' memory stays as it was."""
+    length, total, offset = 37, 50, 9
+    w = on_gpu(random_weights(3 * 2 * 128, 128, generator=generator))
+    x = quantized(outlier_input(BATCH * length, 128, generator).to(GPU), w)
+    norms = (torch.rand(2, 128, generator=generator) + 0.5).to(GPU, torch.bfloat16)
+    angles = torch.rand(length, 64, generator=generator).repeat_interleave(2, dim=1) * 6
+    rotary = (angles.cos().to(GPU), angles.sin().to(GPU))
+    packed = pack_product(w)
+    expected = torch.stack(product_norm_rope(x, packed, *norms, rotary))
+    for order in ((3, BATCH, 2, total, 128), (3, BATCH, total, 2, 128)):
+        storage = torch.full((skip + 3 * BATCH * 2 * total * 128,), 7.0, device=GPU, dtype=torch.bfloat16)
+        heads = storage[skip:].view(order)
+        heads = heads if order[3] == total else heads.transpose(2, 3)
+        product_norm_rope_into(x, packed, *norms, rotary, heads, offset)
+        torch.testing.assert_close(heads[:, :, :, offset : offset + length], expected, rtol=0.02, atol=0.02)
+        if skip == 0:
+            assert torch.equal(heads[:, :, :, offset : offset + length], expected)
+        assert (heads[:, :, :, :offset] == 7).all() and (heads[:, :, :, offset + length :] == 7).all()
+    with pytest.raises(FormatError, match=r"heads: expected torch.bfloat16 of shape \(3, 2, 2, 37, 128\)"):
+        product_norm_rope_into(x, packed, *norms, rotary, heads, total - length + 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

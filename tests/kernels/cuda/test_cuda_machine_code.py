@@ -27,8 +27,7 @@ REGISTERS_OF_A_PROCESSOR = 65536
 
 pytestmark = machine_code.NEEDED
 
-CASES = [(kernel, arch) for arch in (*NATIVE, 90) for kernel in kernels([torch.bfloat16])]
-CASES += [(kernel, 86) for kernel in kernels([torch.float16])[1:]]
+CASES = [(kernel, architecture) for architecture in (*NATIVE, 90) for kernel in kernels()]
 
 
 @pytest.mark.parametrize(("kernel", "architecture"), CASES, ids=lambda value: str(value))

@@ -115,6 +115,11 @@ def test_product_norm_rope(length: int, heads: int, size: int, dtype: torch.dtyp
     gpu.test_product_norm_rope(length, heads, size, dtype, generator)
 
 
+@pytest.mark.parametrize("skip", [0, 1], ids=["aligned", "misaligned"])
+def test_heads_are_written_to_their_place(skip: int, generator: torch.Generator) -> None:
+    gpu.test_heads_are_written_to_their_place(skip, generator)
+
+
 @pytest.mark.parametrize(("length", "k", "rank", "dtype"), [(1, 64, 16, FP16), (37, 320, 96, BF16)])
 def test_norm_modulate_quantize(length: int, k: int, rank: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     gpu.test_norm_modulate_quantize(length, k, rank, dtype, generator)

@@ -62,7 +62,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     from tonfa.kernels.cuda.product import PackedProduct, pack_product, product
     from tonfa.kernels.cuda.product_gate_residual import product_gate_residual
     from tonfa.kernels.cuda.product_gelu_quantize import product_gelu_quantize
-    from tonfa.kernels.cuda.product_norm_rope import product_norm_rope
+    from tonfa.kernels.cuda.product_norm_rope import product_norm_rope, product_norm_rope_into
     from tonfa.kernels.cuda.quantize import PackedInput, pack_input, quantize
     from tonfa.kernels.cuda.w4a16 import PackedW4A16, pack_w4a16, w4a16
 
@@ -92,6 +92,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "product": primitives.product,
         "product_gelu_quantize": fusion(product_gelu_quantize, 1, 2),
         "product_norm_rope": fusion(product_norm_rope, 1),
+        "product_norm_rope_into": fusion(product_norm_rope_into, 1),
         "product_gate_residual": fusion(product_gate_residual, 1),
         "norm_modulate_quantize": fusion(norm_modulate_quantize, 3),
         "w4a16": route(w4a16, theirs["w4a16"], packed, 1),

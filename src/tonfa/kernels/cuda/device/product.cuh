@@ -239,7 +239,6 @@ __device__ inline void add_lowrank(const Product& p, Place place, Sums& sums) {
 using Tile = u32[4][4][4];
 
 // All threads of the block must have met since the tile before.
-
 template <bool Unsigned>
 __device__ inline void compute_tile(const Product& p, Place place, Tile& y) {
     __shared__ __align__(128) Stage stages[STAGES];
