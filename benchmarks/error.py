@@ -21,12 +21,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from brackets import rounded_input, rounded_weight
 from synthetic import KINDS, STRUCTURED, Kind, Layer, make_layer
 from tonfa.bench.protocol import append, error_record, results_file
-from tonfa.formats import INT4, INT8
 from tonfa.ops import product, quantize
 from tonfa.ops.activation import Activations, InputWeights
-from tonfa.quantize.judge import quantized_input, widened
 from tonfa.quantize.moments import InputMoments
 from tonfa.quantize.recipe import RECIPES, Recipe, quantize_linear
 from tonfa.weights import SVDQWeights
@@ -46,29 +45,6 @@ DATA_FREE: dict[str, Recipe] = {
 }
 PAPER, PAPER_DATA_FREE = "svdquant", "svdquant-data-free"
 PRODUCTS: tuple[Activations, ...] = ("int4", "fp8")
-# The quantiles of a normal distribution that QLoRA's NF4 uses (arXiv 2305.14314, appendix E).
-NF4 = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
-NF4 += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
-
-
-def nf4(weight: Tensor) -> Tensor:
-    """Rounded to NF4 in groups of 64 with float32 scales."""
-    groups = weight.unflatten(1, (-1, 64))
-    scales = groups.abs().amax(dim=2, keepdim=True)
-    levels = torch.tensor(NF4, device=weight.device)
-    edges = (levels[1:] + levels[:-1]) / 2
-    return (levels[torch.bucketize(groups / scales, edges)] * scales).flatten(1)
-
-
-def without_recipe(name: str, weight: Tensor, x: Tensor, activations: Activations, unsigned: bool) -> Tensor:
-    """The output of plain rounding: weights and activations, without smoothing or branch."""
-    if name == "nf4-weight-only":
-        return x.float() @ nf4(weight).T
-    if name == "int8-w8a8":
-        return INT8.dequantize(*INT8.quantize(x)) @ INT8.dequantize(*INT8.quantize(weight)).T
-    rounded = INT4.dequantize(*INT4.quantize(weight))
-    one = torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
-    return quantized_input(x, one, activations, unsigned) @ widened(rounded, activations).T
 
 
 def output(weights: SVDQWeights, x: Tensor, activations: Activations) -> Tensor:
@@ -90,7 +66,7 @@ def errors(layer: Layer, rank: int, seed: int, device: torch.device) -> dict[tup
 
     found: dict[tuple[str, Activations], float] = {}
     for name, activations in (("rtn", "int4"), ("rtn", "fp8"), ("nf4-weight-only", "none"), ("int8-w8a8", "int8")):
-        y = without_recipe(name, weight, x, activations, layer.unsigned)
+        y = rounded_input(name, x, activations, layer.unsigned) @ rounded_weight(name, weight, activations).T
         found[name, activations] = relative(y)
     for name, recipe in {**CALIBRATED, **DATA_FREE}.items():
         started = time.perf_counter()

@@ -24,10 +24,7 @@ from PIL import Image
 from captions import full_captions
 from render import Rendering, control_image, render_all
 from scenes import CALIBRATION_SEED, COLORS, EVALUATION_SEED, Scenes, has_held_out, sample_scenes
-
-MIN_PIXELS = 150  # at 256 x 256; objects with fewer visible pixels are not scored
-EDGE_CONTRAST = 12.0  # change of Lab over two pixels that counts as an edge in the image
-TOLERANCE = 2  # pixels
+from tonfa.evaluate.adherence import ColorTable, edge_scores, object_colors
 
 
 @dataclass
@@ -79,16 +76,6 @@ def generate(
     return (torch.cat(images).float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def lab(rgb: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) uint8 sRGB -> CIE Lab, D65."""
-    x = rgb.float() / 255
-    x = torch.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
-    matrix = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    xyz = torch.einsum("ij,bjhw->bihw", matrix, x) / torch.tensor([0.9505, 1.0, 1.089])[:, None, None]
-    f = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    return torch.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
-
-
 @dataclass
 class Objects:
     """Every object that is large enough to score."""
@@ -99,77 +86,28 @@ class Objects:
     feature: torch.Tensor  # (N, 3) median Lab inside the true mask
 
 
-def object_colors(rgb: torch.Tensor, mask: torch.Tensor, scenes: Scenes) -> Objects:
-    """The median color of `rgb` inside each object's true mask, less a border of one pixel."""
-    values, unseen = lab(rgb), has_held_out(scenes)
-    enough = MIN_PIXELS * (mask.shape[-1] / 256) ** 2
-    rows = []
-    for b in range(len(scenes)):
-        for j in range(int(scenes.count[b])):
-            own = (mask[b] == j + 1).float()[None, None]
-            inner = (F.avg_pool2d(own, 3, 1, 1) > 0.99)[0, 0]
-            if inner.sum() >= enough:
-                rows.append((b, scenes.color[b, j].item(), unseen[b, j].item(), values[b][:, inner].median(1).values))
-    if not rows:
-        raise ValueError(f"none of {len(scenes)} scenes has an object of {enough:.0f} pixels")
-    scene, color, held_out, feature = zip(*rows, strict=True)
-    return Objects(torch.tensor(scene), torch.tensor(color), torch.tensor(held_out), torch.stack(feature))
+def scored_objects(rgb: torch.Tensor, mask: torch.Tensor, scenes: Scenes) -> Objects:
+    """The colors of `rgb` where the scenes' objects are seen."""
+    unseen = has_held_out(scenes)
+    found = object_colors(rgb, mask, scenes.count.tolist())
+    if not found:
+        raise ValueError(f"none of {len(scenes)} scenes has an object that is large enough")
+    scene, slot = torch.tensor([(o.picture, o.index) for o in found]).unbind(1)
+    return Objects(scene, scenes.color[scene, slot], unseen[scene, slot], torch.stack([o.feature for o in found]))
 
 
-class ColorNames:
-    """Names a median color by the five nearest objects of calibration renderings."""
-
-    def __init__(self, resolution: int = 256, device: str = "cpu", scenes: int = 256) -> None:
-        known = sample_scenes(CALIBRATION_SEED, scenes, held_out="alternate")
-        rendering = render_all(known, resolution, device, batch=16)
-        self.table = object_colors(rendering.rgb.cpu(), rendering.mask.cpu(), known)
-
-    def classify(self, feature: torch.Tensor) -> torch.Tensor:
-        nearest = torch.cdist(feature, self.table.feature).topk(min(5, len(self.table.color)), largest=False).indices
-        return F.one_hot(self.table.color[nearest], len(COLORS)).sum(1).argmax(1)
+def color_names(resolution: int = 256, device: str = "cpu", scenes: int = 256) -> ColorTable:
+    """The colors of objects of calibration renderings."""
+    known = sample_scenes(CALIBRATION_SEED, scenes, held_out="alternate")
+    rendering = render_all(known, resolution, device, batch=16)
+    objects = scored_objects(rendering.rgb.cpu(), rendering.mask.cpu(), known)
+    return ColorTable(COLORS, objects.feature, objects.color)
 
 
-def silhouettes(mask: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) bool: pixels where an object borders something else."""
-    edge = torch.zeros_like(mask, dtype=torch.bool)
-    edge[:, :, 1:] |= mask[:, :, 1:] != mask[:, :, :-1]
-    edge[:, 1:, :] |= mask[:, 1:, :] != mask[:, :-1, :]
-    return edge
-
-
-def image_edges(rgb: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) bool: local maxima of the Lab gradient, one or two pixels wide."""
-    values = F.pad(lab(rgb), (1, 1, 1, 1), mode="replicate")
-    gx = (values[:, :, 1:-1, 2:] - values[:, :, 1:-1, :-2]).norm(dim=1)
-    gy = (values[:, :, 2:, 1:-1] - values[:, :, :-2, 1:-1]).norm(dim=1)
-    wide = F.max_pool2d(gx[:, None], (1, 3), 1, (0, 1))[:, 0]
-    tall = F.max_pool2d(gy[:, None], (3, 1), 1, (1, 0))[:, 0]
-    return ((gx >= wide) & (gx > EDGE_CONTRAST) & (gx >= gy)) | ((gy >= tall) & (gy > EDGE_CONTRAST) & (gy >= gx))
-
-
-def edge_scores(rgb: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Per scene (B,): share of true silhouette pixels with an image edge nearby, the converse, and their F1.
-
-    Floor patterns and shadows are image edges without a silhouette, so even a perfect picture has a low precision.
-    """
-
-    def near(edges: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(edges.float()[:, None], 2 * TOLERANCE + 1, 1, TOLERANCE)[:, 0] > 0
-
-    true, found = silhouettes(mask), image_edges(rgb)
-    recall = (true & near(found)).sum((1, 2)) / true.sum((1, 2)).clamp_min(1)
-    precision = (found & near(true)).sum((1, 2)) / found.sum((1, 2)).clamp_min(1)
-    return {
-        "recall": recall,
-        "precision": precision,
-        "f1": 2 * recall * precision / (recall + precision).clamp_min(1e-6),
-    }
-
-
-def score(images: torch.Tensor, problems: Problems, names: ColorNames) -> dict[str, float]:
+def score(images: torch.Tensor, problems: Problems, names: ColorTable) -> dict[str, float]:
     """All figures of one set of images (B, 3, H, W) uint8."""
     edges = edge_scores(images, problems.truth.mask)
-    objects = object_colors(images, problems.truth.mask, problems.scenes)
+    objects = scored_objects(images, problems.truth.mask, problems.scenes)
     right = (names.classify(objects.feature) == objects.color).float()
     error = (images.float() - problems.truth.rgb.float()).square().mean((1, 2, 3)).clamp_min(1e-3)
     result = {f"silhouette_{name}": values.mean().item() for name, values in edges.items()}
@@ -186,7 +124,7 @@ def score(images: torch.Tensor, problems: Problems, names: ColorNames) -> dict[s
 def evaluate(
     pipeline: FluxControlPipeline,
     problems: Problems,
-    names: ColorNames,
+    names: ColorTable,
     *,
     baselines: bool = True,
     **options: float,
@@ -245,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pipeline = load_pipeline(args.model, args.transformer, args.device, getattr(torch, args.dtype))
     problems = make_problems(args.scenes, args.resolution, args.device)
-    names = ColorNames(args.resolution, args.device, args.calibration)
+    names = color_names(args.resolution, args.device, args.calibration)
     result, images = evaluate(
         pipeline,
         problems,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,13 +24,13 @@ from torch import nn
 from tonfa import SVDQFluxTransformer2DModel
 from tonfa.checkpoint.tensors import TensorFolder, read_json
 from tonfa.cli.pipeline import Placement, describe_transformer, quieten_libraries
+from tonfa.evaluate.sheet import GAIN, Row, contact_sheet, difference
 from tonfa.models.flux.plan import FluxDims, flux_plan
 from tonfa.quantize.recipe import Recipe
 from tonfa.quantize.stream import quantize_checkpoint
 
 HERE = Path(__file__).resolve().parent
 TEXT_LENGTH = 64  # tokens; the captions fit, and the model was trained with this length
-GAIN = 4  # of the differences on the contact sheet
 
 
 @dataclass(frozen=True)
@@ -107,43 +107,11 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def difference(a: Image.Image, b: Image.Image) -> Image.Image:
-    apart = np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)) * GAIN
-    return Image.fromarray(apart.clip(0, 255).astype(np.uint8))
-
-
-def wrapped(text: str, font: Any, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def contact_sheet(problems: list[Problem], dense: Run, quantized: Run) -> Image.Image:
+def sheet_of(problems: list[Problem], dense: Run, quantized: Run) -> Image.Image:
     """Columns depth, 16-bit, 4-bit, difference; the prompt above each row."""
-    font = ImageFont.load_default(size=15)
-    margin, line = 8, 20
-    side = max(max(p.depth.size) for p in problems)
-    width = 4 * side + 5 * margin
-    captions = [wrapped(p.prompt, font, width - 2 * margin) for p in problems]
-    height = 2 * margin + line + sum(len(c) * line + side + 2 * margin for c in captions)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("depth map", "16-bit", "4-bit", f"difference x {GAIN}")):
-        pen.text((margin + column * (side + margin), margin), title, "gray", font)
-    y = 2 * margin + line
-    for problem, caption, a, b in zip(problems, captions, dense.pictures, quantized.pictures, strict=True):
-        for text in caption:
-            pen.text((margin, y), text, "black", font)
-            y += line
-        for column, shown in enumerate((problem.depth, a, b, difference(a, b))):
-            sheet.paste(shown, (margin + column * (side + margin), y + margin // 2))
-        y += side + 2 * margin
-    return sheet
+    triples = zip(problems, dense.pictures, quantized.pictures, strict=True)
+    rows = [Row(p.prompt, (p.depth, a, b, difference(a, b))) for p, a, b in triples]
+    return contact_sheet(("depth map", "16-bit", "4-bit", f"difference x {GAIN}"), rows)
 
 
 def table(problems: list[Problem], dense: Run, quantized: Run, on_disk: tuple[int, int]) -> Table:
@@ -192,7 +160,7 @@ def main() -> None:
         for i, drawn in enumerate(run.pictures):
             drawn.save(args.out / f"{i}-{name}.png")
     sheet = args.out / "contact-sheet.png"
-    contact_sheet(problems, dense, quantized).save(sheet)
+    sheet_of(problems, dense, quantized).save(sheet)
     placement = Placement(device, torch.bfloat16, None, offload=False)
     console.print(f"\n4-bit: {describe_transformer(transformer, placement)}, on {device}\n")
     console.print(table(problems, dense, quantized, (weights_size(source), weights_size(checkpoint))))

@@ -59,3 +59,40 @@ def random_modulation(
     wzeros = -7.5 * wscales
     bias = torch.randn(n, generator=generator)
     return W4A16Weights(UINT4.pack(codes), *(t.to(dtype) for t in (wscales, wzeros, bias)))
+
+
+def attention_norms(kind: str, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights (D,) of the norms that q's and k's tokens of `attention_inputs` have passed: two for each."""
+    norms = [torch.linspace(0.5, 1.5, size) * factor for factor in (1.0, -0.7, 0.8, 1.1)]
+    if kind == "outliers":
+        norms[3][:2] *= 8
+    return norms[:2], norms[2:]
+
+
+def attention_inputs(
+    kind: str, batch: int, heads: int, tokens: int, size: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, L, D), the same for the same arguments. q and k are RMS-normed, with the second weights of
+    `attention_norms` from half of the tokens on.
+
+    "outliers": a few channels of k and v many times as large; "common": keys share a vector as large as their spread;
+    "heads": every head of v eight times as large as the one before; "zeros": a head of each is nothing but zeros.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, tokens, size, generator=generator) for _ in range(3))
+    if kind == "outliers":
+        v[..., :3] *= 50
+    elif kind == "common":
+        k += torch.randn(batch, heads, 1, size, generator=generator)
+    elif kind == "heads":
+        v *= 8.0 ** torch.arange(heads)[:, None, None]
+    elif kind == "zeros":
+        for i, x in enumerate((q, k, v)):
+            x[:, i % heads] = 0
+    elif kind != "gaussian":
+        raise ValueError(kind)
+    for x, norms in zip((q, k), attention_norms(kind, size), strict=True):
+        x *= torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        x[:, :, : tokens // 2] *= norms[0]
+        x[:, :, tokens // 2 :] *= norms[1]
+    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -7,9 +7,10 @@ import torch
 
 from tonfa import dispatch
 from tonfa.errors import UnsupportedError
+from tonfa.kernels.attention import choices
 from tonfa.kernels.cuda import compiler, launch
 from tonfa.ops.activation import ACTIVATIONS
-from tonfa.ops.table import OPS
+from tonfa.ops.table import ATTENTIONS, OPS
 
 CPU = torch.device("cpu")
 
@@ -33,10 +34,10 @@ def test_preference_follows_the_order_of_backends() -> None:
 def test_every_no_has_a_reason_and_every_yes_says_how() -> None:
     for activations in ACTIVATIONS:
         rows = dispatch.report(CPU, activations)
-        assert len(rows) == len(OPS) * len(dispatch.BACKENDS)
+        assert len(rows) == len(OPS) * len(dispatch.BACKENDS) + len(ATTENTIONS) - 1
         for row in rows:
             assert row.note
-            assert row.runs == (row.note in ("kernel", "composed of quantize and product"))
+            assert row.runs == (row.note in ("kernel", "composed of other ops"))
     assert not any(r.runs for r in dispatch.report(CPU, "fp8") if r.backend == "cpu")
 
 
@@ -47,6 +48,24 @@ def test_unknown_names_list_the_known_ones() -> None:
         UnsupportedError, match="backend='rocm' is unknown; choose one of cpu, cuda, hopper, triton, reference"
     ):
         dispatch.bind(CPU, "int8", backend="rocm")
+
+
+def test_attention_is_a_choice_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(c.name for c in choices.CHOICES) == tuple(ATTENTIONS)
+    assert dispatch.bind_attention(CPU, "sdpa") is None
+    with pytest.raises(UnsupportedError, match="attention='fp16' is unknown; choose one of sdpa, fp8"):
+        dispatch.bind_attention(CPU, "fp16")
+    with pytest.raises(UnsupportedError, match="attention='fp8' does not run on cpu: it computes on a CUDA GPU"):
+        dispatch.bind_attention(CPU, "fp8")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(UnsupportedError, match="needs sm_90 or newer, this GPU is sm_89"):
+        dispatch.bind_attention(gpu, "fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for package, remedy in (("triton", "pip install triton"), ("cudnn", r"pip install 'tonfa\[cudnn\]'")):
+        monkeypatch.setattr(choices, "find_spec", lambda name, package=package: None if name == package else True)
+        with pytest.raises(UnsupportedError, match=remedy):
+            dispatch.bind_attention(gpu, "fp8")
 
 
 def test_the_error_tells_what_was_tried() -> None:

@@ -116,3 +116,21 @@ def save_tiny_depth_model(folder: Path) -> Path:
     size = {"height": 56, "width": 56}
     DPTImageProcessorPil(size=size, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(folder)
     return folder
+
+
+def save_random_lpips(folder: Path) -> tuple[Path, Path]:
+    """Files of AlexNet and of LPIPS's heads with random weights, under their published names."""
+    from safetensors.torch import save_file
+
+    from tonfa.evaluate.lpips import LAYERS
+
+    generator = torch.Generator().manual_seed(0)
+    backbone, heads = {"classifier.6.bias": torch.zeros(1000)}, {}
+    for i, (index, out, into, kernel, _, _) in enumerate(LAYERS):
+        weight = torch.randn(out, into, kernel, kernel, generator=generator)
+        backbone[f"features.{index}.weight"] = weight * (2 / (into * kernel**2)) ** 0.5
+        backbone[f"features.{index}.bias"] = 0.1 * torch.randn(out, generator=generator)
+        heads[f"lin{i}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+    save_file(backbone, folder / "alexnet.safetensors")
+    save_file(heads, folder / "heads.safetensors")
+    return folder / "alexnet.safetensors", folder / "heads.safetensors"

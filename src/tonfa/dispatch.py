@@ -17,13 +17,14 @@ from torch import Tensor
 
 from tonfa.errors import UnsupportedError
 from tonfa.kernels import dense, reference
+from tonfa.kernels.attention.choices import CHOICES
 from tonfa.kernels.cpu import backend as cpu
 from tonfa.kernels.cuda import backend as cuda
 from tonfa.kernels.hopper import backend as hopper
 from tonfa.kernels.triton import backend as triton
-from tonfa.ops import fused
+from tonfa.ops import fused, w4a16
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
-from tonfa.ops.table import OPS, Backend
+from tonfa.ops.table import OPS, Backend, parse_attention
 
 BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, hopper.BACKEND, triton.BACKEND, reference.BACKEND)
 """In order of preference."""
@@ -40,6 +41,7 @@ class Kernels:
     pack_input: Callable[..., Any]
     pack_product: Callable[..., Any]
     pack_w4a16: Callable[..., Any]
+    pack_w4a16_group: Callable[..., Any]
     quantize: Callable[..., QuantizedActivation]
     product: Callable[..., Tensor]
     product_gelu_quantize: Callable[..., QuantizedActivation]
@@ -47,9 +49,12 @@ class Kernels:
     product_gate_residual: Callable[..., Tensor]
     norm_modulate_quantize: Callable[..., QuantizedActivation]
     w4a16: Callable[..., Tensor]
+    w4a16_group: Callable[..., tuple[Tensor, ...]]
     attention: Callable[..., Tensor]
     product_norm_rope_into: Callable[..., None] | None = None
     """product_norm_rope that writes to a part of a larger (3, B, H, L, D); None if the backend has no such kernel."""
+    pack_product_expanded: Callable[..., Any] | None = None
+    """pack_product that keeps the weights in 8 bits too; None if the backend multiplies 4-bit weights only."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,11 @@ def _warn_once(text: str) -> None:
 
 
 def _complete(name: str, activations: Activations, kernels: Mapping[str, Callable[..., Any]]) -> Kernels:
-    table = dict(kernels)
+    alone: dict[str, Callable[..., Any]] = {
+        "pack_w4a16_group": tuple,
+        "w4a16_group": partial(w4a16.group, kernels["w4a16"]),
+    }
+    table = {**alone, **kernels}
     primitives = type("Primitives", (), {name: staticmethod(table[name]) for name in ("quantize", "product")})
     for op in OPS:
         if op not in table:
@@ -134,14 +143,31 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
     raise UnsupportedError(f"nothing computes activations={activations!r} on {device}: " + "; ".join(reasons))
 
 
+def bind_attention(device: torch.device, attention: str) -> Callable[..., Tensor] | None:
+    """The kernel of this choice; None if it is that of the layers' backend.
+
+    Raises UnsupportedError with the reason where it cannot run on `device`.
+    """
+    name = parse_attention(attention)
+    (choice,) = (c for c in CHOICES if c.name == name)
+    reason = choice.reason_against(device)
+    if reason is not None:
+        raise UnsupportedError(f"attention={name!r} does not run on {device}: {reason}")
+    return None if choice.load is None else choice.load()
+
+
 def report(device: torch.device, activations: str) -> list[Availability]:
-    """Every op and backend: whether it runs on `device` with this policy."""
+    """Every op and backend, and every choice of attention: whether it runs on `device` with this policy."""
     policy = parse_activations(activations)
     rows = []
     for backend in BACKENDS:
         reason = _reason_against(backend, device, policy) or backend.reason_to_wait(device) or backend.missing()
         present = set() if reason else set(backend.table(policy))
         for op in OPS:
-            note = reason or ("kernel" if op in present else "composed of quantize and product")
+            note = reason or ("kernel" if op in present else "composed of other ops")
             rows.append(Availability(op, backend.name, reason is None, note))
+    for choice in CHOICES:
+        if choice.load is not None:
+            reason = choice.reason_against(device)
+            rows.append(Availability("attention", choice.name, reason is None, reason or "kernel"))
     return rows

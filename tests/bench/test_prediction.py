@@ -45,14 +45,14 @@ def test_where_memory_is_slow_traffic_counts() -> None:
     assert product_ms(SLOW, 100, 256, 128, 16) == pytest.approx((codes + 2 * 100 * 256) / 850)
     assert product_ms(SLOW, 100, 256, 128, 16, "product_gate_residual") == pytest.approx((codes + 4 * 100 * 256) / 850)
     assert quantize_ms(SLOW, 100, 128, 16) == pytest.approx((100 * 128 * (2.5 + 2 / 64) + 4 * 100 * 16) / 850)
-    assert w4a16_ms(SLOW, 2, 64, 128) == pytest.approx(2 * 64 * 128 * (0.5 + 4 / 64) / 850)
+    assert w4a16_ms(SLOW, 5, 64, 128) == pytest.approx(2 * 64 * 128 * (0.5 + 4 / 64) / 850)
 
 
 def test_quantizing_is_bound_by_instructions_or_the_tensor_core_where_memory_is_fast() -> None:
     assert quantize_ms(FAST, 32, 64, 32) == pytest.approx(1061 / 8 / 1e6)
     assert quantize_ms(FAST, 32, 64, 64) == pytest.approx(64 * 32 / 8 / 1e6)
     assert quantize_ms(FAST, 33, 64, 128) == pytest.approx(2 * 2 * 64 * 32 / 8 / 1e6)
-    assert w4a16_ms(FAST, 1, 64, 1088) == pytest.approx(16 * 2 * 673 / 8 / 1e6)
+    assert w4a16_ms(FAST, 1, 64, 1088) == pytest.approx(2 * 9 * 16 * 32 / 8 / 1e6)
 
 
 def test_a_step_is_the_sum_of_its_linears() -> None:

@@ -209,7 +209,7 @@ def test_wrong_usage_is_2(tonfa, arguments: tuple[str, ...], message: str, tmp_p
     ("arguments", "message"),
     [
         (("step", "--device", "cuda:99"), "--device cuda:99"),
-        (("step", "--device", "cpu", "--weights", "fp8"), "--weights fp8: this version keeps 4-bit weights only"),
+        (("step", "--device", "cpu", "--weights", "fp8"), "weights='fp8': the cpu backend"),
         (("step", "--device", "cpu", "--model", "nowhere"), "--model nowhere"),
         (("image", "--device", "cpu", "--model", "nowhere"), "--model nowhere: no folder of a Diffusers pipeline"),
         (("error", "--device", "cpu", "--model", "."), "--model ."),

@@ -16,7 +16,7 @@ from tonfa.cli.console import duration, size
 from tonfa.cli.options import parse_device
 from tonfa.errors import UnsupportedError
 
-COMMANDS = ("generate", "quantize", "doctor")
+COMMANDS = ("generate", "quantize", "evaluate", "doctor")
 
 
 def test_entry_point() -> None:

@@ -12,7 +12,7 @@ from tonfa.cli.doctor import cpu_name, int8_is_exact
 from tonfa.dispatch import BACKENDS, report
 from tonfa.kernels.cuda import compiler
 from tonfa.kernels.cuda.product_gelu_quantize import add_kernel
-from tonfa.ops.table import OPS
+from tonfa.ops.table import ATTENTIONS, OPS
 
 
 def test_json_is_the_report_of_dispatch(tonfa) -> None:
@@ -20,7 +20,7 @@ def test_json_is_the_report_of_dispatch(tonfa) -> None:
     assert result.exit_code == 0
     facts = json.loads(result.stdout)
     expected = [vars(row) for row in report(torch.device("cpu"), "int8")]
-    assert facts["operations"] == expected and len(expected) == len(OPS) * len(BACKENDS)
+    assert facts["operations"] == expected and len(expected) == len(OPS) * len(BACKENDS) + len(ATTENTIONS) - 1
     assert facts["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert facts["default_activations"] == "int8" and facts["device"] == "cpu"
     assert facts["cpu"]["name"] == cpu_name() != ""

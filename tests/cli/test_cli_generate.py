@@ -351,3 +351,12 @@ def test_nan_is_an_error_that_names_the_step() -> None:
         clock(None, 1, None, {"latents": bad})
     assert len(clock.seconds) == 1 and clock.median == clock.seconds[0]
     assert issubclass(FormatError, TonfaError)
+
+
+@pytest.mark.usefixtures("never_load")
+def test_attention_that_cannot_run_is_refused_first(tonfa, depth_pipeline: Path, depth_map: Path) -> None:
+    command = ("generate", depth_pipeline, "--prompt", "a cat", *SHORT, "--control-image", depth_map)
+    result = tonfa(*command, "--attention", "fp8")
+    assert result.exit_code == 1
+    assert "attention='fp8' does not run on cpu" in result.stderr
+    assert tonfa(*command, "--attention", "fp4").exit_code == 2

@@ -134,11 +134,11 @@ def test_wrong_values_are_named(tonfa, depth_pipeline: Path, tmp_path: Path) -> 
 def test_interrupted_then_repeated(
     tonfa, depth_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tonfa.quantize import stream
+    from tonfa.quantize import build
 
     whole = tonfa("quantize", depth_pipeline, "--out", tmp_path / "whole", "--iterations", 1)
     assert whole.exit_code == 0
-    original, calls = stream.quantize_planned, []
+    original, calls = build.quantize_planned, []
 
     def stopped(linear, *arguments):
         calls.append(linear.name)
@@ -148,7 +148,7 @@ def test_interrupted_then_repeated(
 
     command = ("quantize", depth_pipeline, "--out", tmp_path / "q", "--iterations", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "quantize_planned", stopped)
+        patch.setattr(build, "quantize_planned", stopped)
         result = tonfa(*command)
     assert result.exit_code == 130
     assert result.stderr.endswith("interrupted; nothing half-written; run the same command again to go on\n")

@@ -7,7 +7,7 @@ import torch
 
 from captions import full_captions
 from components import TINY, build_text_encoders, build_tokenizers
-from evaluate import ColorNames, evaluate, image_edges, load_pipeline, make_problems, object_colors
+from evaluate import color_names, evaluate, load_pipeline, make_problems, scored_objects
 from flow_training import SHORT
 from muon import orthogonalize
 from scenes import sample_scenes
@@ -82,7 +82,7 @@ def test_training_gives_a_pipeline(trained):
     ]
     assert names == ["CLIPTokenizer", "CLIPTextModel", "T5EncoderModel", "FluxTransformer2DModel"]
     problems = make_problems(4, 64)
-    result, images = evaluate(pipeline, problems, ColorNames(64, scenes=16), steps=2, max_sequence_length=64)
+    result, images = evaluate(pipeline, problems, color_names(64, scenes=16), steps=2, max_sequence_length=64)
     assert images.shape == (4, 3, 64, 64)
     assert set(result) == {"ceiling", "model", "control_of_another_scene", "prompt_of_another_scene"}
     assert result["ceiling"]["silhouette_recall"] > 0.9
@@ -107,12 +107,6 @@ def test_parts_restore_the_folder(trained, tmp_path):
 
 
 def test_color_names_know_renderings():
-    problems, names = make_problems(24, 64), ColorNames(64, scenes=96)
-    objects = object_colors(problems.truth.rgb, problems.truth.mask, problems.scenes)
+    problems, names = make_problems(24, 64), color_names(64, scenes=96)
+    objects = scored_objects(problems.truth.rgb, problems.truth.mask, problems.scenes)
     assert (names.classify(objects.feature) == objects.color).float().mean() > 0.85
-
-
-def test_image_edges_are_where_the_step_is():
-    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    image[..., 8:] = 255
-    assert image_edges(image)[0].any(0).nonzero()[:, 0].tolist() in ([7, 8], [7], [8])

@@ -121,6 +121,18 @@ def test_policy_can_be_changed_and_is_checked(generator: torch.Generator) -> Non
         layer(x)
 
 
+def test_a_residency_that_is_unknown_or_missing_is_refused(linear: nn.Linear) -> None:
+    layer = SVDQLinear.from_linear(linear, rank=16, activations="int8")
+    with pytest.raises(UnsupportedError, match="weights='int2' is unknown; choose one of int4, fp8"):
+        layer.set_weights("int2")
+    layer.set_weights("fp8")
+    x = torch.randn(3, linear.in_features, dtype=linear.weight.dtype)
+    with pytest.raises(UnsupportedError, match="multiplies 4-bit weights only"):
+        layer(x)
+    layer.set_weights("int4")
+    assert layer(x).isfinite().all()
+
+
 def test_sizes_that_cannot_be_are_refused(linear: nn.Linear) -> None:
     with pytest.raises(FormatError, match="100 is no multiple of the group size 64"):
         SVDQLinear(100, 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from flux_models import VARIANTS, dense_model, inputs, run
@@ -137,3 +139,17 @@ def test_what_is_not_supported_says_so() -> None:
     for method in ("load_lora_adapter", "add_adapter", "from_single_file", "set_attention_backend"):
         with pytest.raises(UnsupportedError):
             getattr(fused, method)("something")
+
+
+def test_attention_is_chosen_for_the_model() -> None:
+    fused = SVDQFluxTransformer2DModel.from_dense(dense_model(), recipe=None)
+    values = inputs(fused)
+    expected = run(fused, values)
+    with pytest.raises(UnsupportedError, match="attention='fp16' is unknown"):
+        fused.set_attention("fp16")
+    assert fused.set_attention("fp8") is fused
+    with pytest.raises(UnsupportedError, match="attention='fp8' does not run on cpu"):
+        run(fused, values)
+    with pytest.raises(UnsupportedError, match="attention='fp8' does not run on cpu"):
+        run(copy.deepcopy(fused), values)
+    assert torch.equal(run(fused.set_attention("sdpa"), values), expected)

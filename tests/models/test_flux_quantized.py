@@ -16,7 +16,7 @@ from support import DEVICES, relative_error
 from tonfa.errors import CheckpointError, UnsupportedError
 from tonfa.layers.bound import BoundModule
 from tonfa.layers.linear import SVDQLinear
-from tonfa.layers.modulation import W4A16Linear
+from tonfa.layers.modulation import SharedConditioning, W4A16Linear
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.quantize.recipe import Recipe
 
@@ -87,6 +87,26 @@ def test_parameters_may_stay_on_the_host_between_blocks(
             assert torch.equal(model(**moved, return_dict=False)[0].cpu(), expected)
         assert {p.device.type for p in model.parameters()} == {"meta"}
         assert not any(m._binding for m in model.modules() if isinstance(m, BoundModule))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_modulations_ahead_of_all_blocks_are_those_of_each(
+    quantized: SVDQFluxTransformer2DModel, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(quantized).to(device)
+    values = inputs(model, 3, dtype=torch.bfloat16)
+    counts = []
+    together = SharedConditioning.__call__
+
+    def counting(self, modulations, conditioning):
+        counts.append(sum(joined is not None for joined in together(self, modulations, conditioning)))
+        return together(self, modulations, conditioning)
+
+    monkeypatch.setattr(SharedConditioning, "__call__", counting)
+    found = run(model, values)
+    monkeypatch.setattr(SharedConditioning, "__call__", lambda self, modulations, x: [None] * len(modulations))
+    assert torch.equal(run(model, values), found)
+    assert counts == [2 * len(model.transformer_blocks) + len(model.single_transformer_blocks)]
 
 
 def test_deterministic_and_batch_equals_singles(quantized: SVDQFluxTransformer2DModel) -> None:

@@ -39,8 +39,8 @@ EPILOGUE_SLOTS = {
 QUANTIZE_SLOTS = {("quantize", 32): 1061, ("quantize", 64): 1195, ("norm_modulate_quantize", 32): 1850}
 QUANTIZE_SLOTS["norm_modulate_quantize", 64] = 1915
 """Instructions of a warp for 64 channels of 32 rows; the norm's 400 for mean and deviation included."""
-W4A16_SLOTS = 673
-"""Instructions of a warp for 1024 channels of 4 outputs."""
+W4A16_SLOTS, W4A16_HMMA = 260, 16
+"""Instructions of a warp, and those of the tensor core among them, for 128 channels of 32 outputs and four rows."""
 BLOCKS = 2
 """Of a product on a processor at once."""
 MEMORY_SHARE = 0.85
@@ -124,9 +124,10 @@ def quantize_ms(gpu: Gpu, m: int, k: int, rank: int, kernel: str = "quantize") -
 
 
 def w4a16_ms(gpu: Gpu, batch: int, n: int, k: int) -> float:
-    """A modulation; each row of its input reads the weights."""
-    computing = batch * n / 4 * -(-k // 1024) * W4A16_SLOTS / (_QUARTERS * gpu.processors) / gpu.clock
-    return 1e3 * max(computing, _moving(gpu, batch * n * k * (0.5 + 4 / GROUP_SIZE)))
+    """A modulation; four rows of its input read the weights once."""
+    turns, cycles = -(-batch // 4), max(W4A16_SLOTS, W4A16_HMMA * gpu.hmma_cycles)
+    computing = turns * n / 32 * -(-k // 128) * cycles / (_QUARTERS * gpu.processors) / gpu.clock
+    return 1e3 * max(computing, _moving(gpu, turns * n * k * (0.5 + 4 / GROUP_SIZE)))
 
 
 def linear_ms(gpu: Gpu, m: int, n: int, k: int, rank: int) -> float:

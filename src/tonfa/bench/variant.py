@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tonfa.bench import synthetic
 from tonfa.dispatch import default_activations
-from tonfa.errors import TonfaError, UnsupportedError
+from tonfa.errors import TonfaError
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 
 CHECK_BOUND = 0.05
@@ -48,20 +48,10 @@ def variants(
     return [Variant(w, activations or default_activations(device), rank, graph) for w in weights]
 
 
-def set_weights(model: SVDQFluxTransformer2DModel, weights: str) -> None:
-    """Choose the residency of the weights. Raises UnsupportedError for one that this version does not have."""
-    choose = getattr(model, "set_weights", None)
-    if choose is not None:
-        choose(weights)
-    elif weights != "int4":
-        raise UnsupportedError(f"--weights {weights}: this version keeps 4-bit weights only; leave it out")
-
-
 def build(variant: Variant, config: Mapping[str, Any], device: torch.device, seed: int) -> SVDQFluxTransformer2DModel:
     """The 4-bit model of this variant with random weights."""
     model = synthetic.quantized_model(config, variant.rank, device, seed)
-    set_weights(model, variant.weights)
-    return model.set_activations(variant.activations).set_cuda_graphs(variant.graph)
+    return model.set_weights(variant.weights).set_activations(variant.activations).set_cuda_graphs(variant.graph)
 
 
 def small(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typer
 from tonfa.cli.bench import app as bench
 from tonfa.cli.convert import convert
 from tonfa.cli.doctor import doctor
+from tonfa.cli.evaluate import evaluate
 from tonfa.cli.generate import generate
 from tonfa.cli.inspect import inspect
 from tonfa.cli.quantize import quantize
@@ -45,6 +46,7 @@ app.command()(quantize)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
+app.command()(evaluate)
 app.command()(doctor)
 app.add_typer(bench)
 

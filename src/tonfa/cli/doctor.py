@@ -31,6 +31,7 @@ PACKAGES = (
     "safetensors",
     "huggingface-hub",
     "triton",
+    "nvidia-cudnn-frontend",
     "numba",
     "cuda-bindings",
 )

@@ -11,7 +11,15 @@ import typer
 from tonfa.cli.console import duration, progress, stderr
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.images import check_side, nearest_multiple, open_image, output_paths, write_image
-from tonfa.cli.options import ActivationsOption, DeviceOption, Dtype, DtypeOption, parse_device, parse_dtype
+from tonfa.cli.options import (
+    ActivationsOption,
+    AttentionOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    parse_device,
+    parse_dtype,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +63,7 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "bfloat16",
     activations: ActivationsOption = None,
+    attention: AttentionOption = "sdpa",
     output: Annotated[Path, typer.Option("--output", "-o", help="File, or folder for image.png.")] = Path("out.png"),
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part that is running.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the paths of the pictures alone.")] = False,
@@ -86,11 +95,15 @@ def generate(
 
     from tonfa.cli.pipeline import Settings, StepClock, describe_transformer, draw, examine, load
 
-    placement = _placement(device, dtype, activations, offload)
+    placement = _placement(device, dtype, activations, attention, offload)
     facts = examine(model, transformer)
     if activations is not None and not facts.is_quantized:
         raise typer.BadParameter(
             "the transformer is not quantized; name a 4-bit --transformer", param_hint="--activations"
+        )
+    if attention != "sdpa" and not facts.is_quantized:
+        raise typer.BadParameter(
+            "the transformer is not quantized; name a 4-bit --transformer", param_hint="--attention"
         )
     source = control_image or image
     if facts.takes_control and source is None:
@@ -129,16 +142,17 @@ def generate(
     console.print(f"{num_images} picture{'s' * (num_images > 1)} in {total}, {duration(clock.median)} a step")
 
 
-def _placement(device: str, dtype: Dtype, activations: str | None, offload: bool) -> Placement:
+def _placement(device: str, dtype: Dtype, activations: str | None, attention: str, offload: bool) -> Placement:
     from tonfa.cli.pipeline import Placement
-    from tonfa.dispatch import bind
+    from tonfa.dispatch import bind, bind_attention
 
     place = parse_device(device)
     if offload and place.type != "cuda":
         raise typer.BadParameter(f"there is nothing to offload to from {place}; it needs a GPU", param_hint="--offload")
     if activations is not None:
         bind(place, activations)  # says what is missing before anything is loaded
-    return Placement(place, parse_dtype(dtype), activations, offload)
+    bind_attention(place, attention)
+    return Placement(place, parse_dtype(dtype), activations, offload, attention)
 
 
 def _estimate_depth(photograph: Image, depth_model: str, placement: Placement, console: Console) -> Image:

@@ -21,6 +21,10 @@ ActivationsOption = Annotated[
     Activations | None,
     typer.Option("--activations", help="How inputs of 4-bit layers are quantized.", show_default="the device's"),
 ]
+AttentionOption = Annotated[
+    Literal["sdpa", "fp8"],
+    typer.Option("--attention", help="In 16 bits (sdpa), or in FP8 on a Hopper GPU or newer."),
+]
 
 
 def parse_device(text: str) -> torch.device:

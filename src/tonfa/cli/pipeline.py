@@ -25,6 +25,7 @@ class Placement:
     dtype: torch.dtype
     activations: str | None
     offload: bool
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,11 @@ def examine(model: str, transformer: str | None) -> Facts:
     if config is None:
         raise CheckpointError(f"{transformer or model}: it has no config.json of a transformer")
     # Nunchaku's folders do not say of themselves that they are quantized; nothing else is taken as --transformer.
-    return Facts(_takes_control(config), transformer is not None or config.get("quantization_config") is not None)
+    return Facts(takes_control(config), transformer is not None or config.get("quantization_config") is not None)
 
 
-def _takes_control(config: Mapping[str, Any]) -> bool:
+def takes_control(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer reads a control image. Raises UnsupportedError for other inputs."""
     read = int(config.get("in_channels") or 64)
     written = int(config.get("out_channels") or read)
     if read == written:
@@ -137,7 +139,11 @@ def load_transformer(checkpoint: str, placement: Placement, subfolder: str | Non
     from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 
     return SVDQFluxTransformer2DModel.from_pretrained(
-        checkpoint, subfolder=subfolder, torch_dtype=placement.dtype, activations=placement.activations
+        checkpoint,
+        subfolder=subfolder,
+        torch_dtype=placement.dtype,
+        activations=placement.activations,
+        attention=placement.attention,
     )
 
 
@@ -155,24 +161,33 @@ def _components(model: str, transformer: str | None, placement: Placement) -> di
 def load(model: str, transformer: str | None, control: bool, placement: Placement) -> Any:
     """The pipeline on its device. Without `transformer`, the model's own is taken, in whatever precision it is."""
     quieten_libraries()
+    components = _components(model, transformer, placement)
+    pipe = assemble(model, components, control, placement)
+    if not components and placement.activations is not None:
+        pipe.transformer.set_activations(placement.activations)
+    if not components and placement.attention != "sdpa":
+        pipe.transformer.set_attention(placement.attention)
+    if placement.offload:
+        pipe.enable_model_cpu_offload(device=placement.device)
+        return pipe
+    return pipe.to(placement.device)
+
+
+def assemble(model: str, components: Mapping[str, Any], control: bool, placement: Placement) -> Any:
+    """The pipeline on the CPU, with `components` in place of the model's own."""
+    quieten_libraries()
     from diffusers import FluxControlPipeline, FluxPipeline
 
     import tonfa  # noqa: F401  (Diffusers finds a saved 4-bit transformer's class in an imported `tonfa` alone)
 
-    components = _components(model, transformer, placement)
     pipeline_class = FluxControlPipeline if control else FluxPipeline
     try:
         pipe = pipeline_class.from_pretrained(model, dtype=placement.dtype, **components)
     except ValueError as error:
         raise CheckpointError(f"model {model}: it does not load: {error}") from error
     prompts_may_be_cut()
-    if not components and placement.activations is not None:
-        pipe.transformer.set_activations(placement.activations)
     pipe.set_progress_bar_config(disable=True)
-    if placement.offload:
-        pipe.enable_model_cpu_offload(device=placement.device)
-        return pipe
-    return pipe.to(placement.device)
+    return pipe
 
 
 def describe_transformer(transformer: Any, placement: Placement) -> str:
@@ -184,7 +199,8 @@ def describe_transformer(transformer: Any, placement: Placement) -> str:
     activations = placement.activations or default_activations(placement.device)
     backend = bind(placement.device, activations).backend
     rank = transformer.config.quantization_config["rank"]
-    return f"4-bit weights and a rank-{rank} branch, {activations} activations, {backend} backend"
+    weights = f"4-bit weights and a rank-{rank} branch"
+    return f"{weights}, {activations} activations, {placement.attention} attention, {backend} backend"
 
 
 def draw(pipe: Any, settings: Settings, seeds: list[int], batch_size: int, clock: StepClock) -> Iterator[Image]:

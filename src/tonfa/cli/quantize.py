@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tonfa.cli.calibration import Request, build
 from tonfa.cli.console import duration, progress, size, stderr
 from tonfa.cli.failures import Debug, command
-from tonfa.cli.options import DeviceOption, DtypeOption, parse_device, parse_dtype
+from tonfa.cli.images import check_side
+from tonfa.cli.options import Activations, DeviceOption, DtypeOption, parse_device, parse_dtype
 from tonfa.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
     from tonfa.checkpoint.strict import Spec
+    from tonfa.models.flux.calibration import FluxCalibration
     from tonfa.quantize.recipe import Recipe
     from tonfa.quantize.stream import Report
+
+RecipeName = Literal["tonfa", "svdquant", "svdquant-gptq"]
 
 DENSE_CLASS = "FluxTransformer2DModel"
 WORST = 5
@@ -32,8 +39,51 @@ WORST = 5
 def quantize(
     model: Annotated[str, typer.Argument(help="Diffusers pipeline or transformer: a folder or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the 4-bit checkpoint.")],
+    recipe: Annotated[
+        RecipeName, typer.Option(help="How: our best, the paper's method, or the released code's best.")
+    ] = "tonfa",
     rank: Annotated[int, typer.Option(min=16, help="Width of the 16-bit low-rank branch, a multiple of 16.")] = 32,
-    iterations: Annotated[int, typer.Option(min=0, help="Rounds of refining branch and residual.")] = 8,
+    iterations: Annotated[
+        int | None, typer.Option(min=0, help="Rounds of refining branch and residual.", show_default="the recipe's")
+    ] = None,
+    activations: Annotated[
+        Activations, typer.Option(help="What a calibration chooses smoothing for. Results run with all others too.")
+    ] = "int4",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPTS|default", help="Calibrate on pictures of these prompts, one a line.", show_default="off"
+        ),
+    ] = None,
+    control_images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|default",
+            help="Pictures that a control model is given; `default` are depth maps of ours.",
+            show_default="with --calibrate default",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of pictures to look at, 4 of each.", show_default="as the widest layer needs"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a calibration picture.", show_default="20; 4 without guidance")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Of a calibration picture.", show_default="10 with control, else 3.5")
+    ] = None,
+    picture_size: Annotated[
+        int | None, typer.Option("--size", help="Side of a calibration picture.", show_default="the model's")
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Calibrate each block on what the quantized ones before it make.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and decompositions.")] = 0,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep on the GPU only the part of the pipeline that is drawing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Calibrate on fewer samples than are needed.")] = False,
     subfolder: Annotated[str, typer.Option(help="Of the transformer in MODEL.")] = "transformer",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "bfloat16",
@@ -41,58 +91,129 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a FLUX transformer to 4-bit weights with a low-rank branch. No calibration data is needed.
+    """Quantize a FLUX transformer to 4-bit weights with a low-rank branch.
 
-    The weights are read and written a piece at a time: any FLUX fits in a few gigabytes of memory. An interrupted run
-    leaves OUT.partial, from which the same command goes on.
+    Without `--calibrate` the weights alone are looked at: they are read and written a piece at a time, and any FLUX
+    fits in a few gigabytes of memory. With it, the 16-bit pipeline first draws pictures, which takes its memory;
+    then blocks are quantized one at a time, with the hidden states of all samples on the host (28 MB a sample for
+    FLUX at 1024 x 1024) and one block on the device. An interrupted run leaves OUT.partial, from which the same
+    command goes on.
 
     Example:
 
     ```
     tonfa quantize black-forest-labs/FLUX.1-Depth-dev --out flux-depth-int4
+    tonfa quantize black-forest-labs/FLUX.1-Depth-dev --out flux-depth-int4 --calibrate default
     ```
     """
     console = stderr()
     from tonfa.checkpoint.tensors import TensorFolder
     from tonfa.models.flux.plan import flux_dims, flux_plan
-    from tonfa.quantize.recipe import Recipe
+    from tonfa.quantize.recipe import named_recipe
     from tonfa.quantize.stream import quantize_checkpoint
 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or add --overwrite")
-    place, recipe = parse_device(device), Recipe(rank=rank, iterations=iterations)
+    check_side(picture_size, "--size")
+    chosen = replace(named_recipe(recipe, rank), activations=activations, seed=seed)
+    if iterations is not None:
+        chosen = replace(chosen, iterations=iterations)
+    place, kind = parse_device(device), parse_dtype(dtype)
+    request = None
+    if calibrate is not None:
+        _check_placement(subfolder, offload, place)
+        request = Request(
+            model, calibrate, control_images, samples, steps, guidance, picture_size, sequential, offload, force
+        )
+    else:
+        _refuse_without_calibration(control_images, samples, steps, guidance, picture_size, sequential, offload, force)
     folder = find_transformer(model, subfolder)
     config = read_flux_config(folder)
     source = TensorFolder(folder)
-    console.print(f"source     {folder}")
-    console.print(f"recipe     rank {rank}, {iterations} iterations, {dtype}, on {place}")
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        console.print(f"resuming   {partial}")
+    target = _target(config, chosen)
 
     with progress(console) as bar:
-        task = bar.add_task("quantizing", total=None, note="")
-
-        def show(name: str, finished: int, total: int) -> None:
-            bar.update(task, completed=finished, total=total, note=name)
-
+        stages = _Stages(bar)
+        calibration = None
+        if request is not None:
+            calibration = build(request, config, chosen, place, kind, stages.report)
+        console.print(f"source     {folder}")
+        console.print(f"recipe     {recipe}, rank {rank}, {chosen.iterations} iterations, {dtype}, on {place}")
+        if calibration is not None:
+            _describe(console, calibration)
+        partial = out.with_name(out.name + ".partial")
+        if partial.exists():
+            console.print(f"resuming   {partial}")
         report = quantize_checkpoint(
             source,
             flux_plan(flux_dims(config)),
             config,
             out,
-            recipe,
-            dtype=parse_dtype(dtype),
+            chosen,
+            dtype=kind,
             device=place,
-            progress=show,
+            progress=stages.quantized,
             overwrite=overwrite,
-            target=_target(config, recipe),
+            target=target,
+            calibration=calibration,
         )
     _summarize(console, out, report)
     if as_json:
         print(json.dumps({"out": str(out), **asdict(report)}, indent=2))
     else:
         print(out)
+
+
+class _Stages:
+    """Progress bars of the two stages, each shown when it begins."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, TaskID] = {}
+
+    def _show(self, stage: str, done: int | None, total: int | None, note: str) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total, note="")
+        self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
+
+    def report(self, what: str, done: int, total: int) -> None:
+        """Steps of pictures, or samples that have gone through a block."""
+        if what == "sampling":
+            self._show("sampling", done, total, "")
+        else:
+            self._show("quantizing", None, None, f"{what}: {done} of {total}")
+
+    def quantized(self, name: str, finished: int, total: int) -> None:
+        """A linear is made."""
+        self._show("quantizing", finished, total, name)
+
+
+def _check_placement(subfolder: str, offload: bool, place: torch.device) -> None:
+    if subfolder != "transformer":
+        raise typer.BadParameter("a calibration runs the pipeline's own transformer", param_hint="--subfolder")
+    if offload and place.type != "cuda":
+        raise typer.BadParameter(f"there is nothing to offload to from {place}; it needs a GPU", param_hint="--offload")
+
+
+def _refuse_without_calibration(*values: object) -> None:
+    names = ("control-images", "samples", "steps", "guidance", "size", "sequential", "offload", "force")
+    for name, value in zip(names, values, strict=True):
+        if value not in (None, False):
+            raise typer.BadParameter("it belongs to --calibrate, which was not given", param_hint=f"--{name}")
+
+
+def _describe(console: Console, calibration: FluxCalibration) -> None:
+    pictures, schedule = calibration.pictures, calibration.schedule
+    sizes = ", ".join(f"{a} x {b}" for a, b in sorted({(p.width, p.height) for p in pictures}))
+    order = "quantized" if calibration.sequential else "16-bit"
+    console.print(
+        f"samples    {calibration.count} from {len(pictures)} pictures of {schedule.steps} steps, {sizes}, guidance "
+        f"{schedule.guidance:g}; blocks read the {order} ones before them, for {calibration.recipe.activations}"
+    )
+    console.print(
+        f"memory     {size(calibration.nbytes())} on the disk, {size(calibration.host_bytes())} on the host "
+        "for the samples"
+    )
 
 
 def find_transformer(model: str, subfolder: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from tonfa.ops import attention
+from tonfa.kernels.attention import sdpa
 from tonfa.ops.activation import QuantizedActivation
 
 DenseWeights = tuple[Tensor, Tensor | None]
@@ -41,5 +41,5 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "product": _product,
     "w4a16": _w4a16,
-    "attention": attention.reference,
+    "attention": sdpa.attention,
 }

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from tonfa.dispatch import bind, default_activations
-from tonfa.errors import FormatError
+from tonfa.errors import FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.bound import Binding
 from tonfa.layers.fused import FusedLinear
 from tonfa.ops.activation import InputWeights, parse_activations
+from tonfa.ops.table import Residency, parse_residency
 from tonfa.quantize.recipe import DEFAULT_RANK, Recipe, quantize_linear
 from tonfa.weights import SVDQWeights
 
@@ -42,6 +43,7 @@ class SVDQLinear(FusedLinear):
             parse_activations(activations)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.unsigned, self.activations, self.backend = unsigned, activations, backend
+        self.weights_in_memory: Residency = "int4"
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
@@ -112,6 +114,15 @@ class SVDQLinear(FusedLinear):
         self.activations, self.backend = activations, backend
         self.unbind()
 
+    def set_weights(self, weights: str) -> None:
+        """Keep the weights in 4 bits alone ("int4"), or expanded beside them ("fp8", three times the size).
+
+        The outputs are equal. Raises UnsupportedError for another name here, and at binding where the backend has no
+        such form.
+        """
+        self.weights_in_memory = parse_residency(weights)
+        self.unbind()
+
     def _policy(self) -> str:
         return self.activations or default_activations(self.qweight.device)
 
@@ -120,7 +131,13 @@ class SVDQLinear(FusedLinear):
 
     def _bind(self) -> Binding:
         kernels = bind(self.qweight.device, self._policy(), self.backend)
-        packed = kernels.pack_product(self.weights())
+        pack = kernels.pack_product if self.weights_in_memory == "int4" else kernels.pack_product_expanded
+        if pack is None:
+            raise UnsupportedError(
+                f"weights={self.weights_in_memory!r}: the {kernels.backend} backend with activations="
+                f"{kernels.activations!r} multiplies 4-bit weights only; use set_weights('int4')"
+            )
+        packed = pack(self.weights())
         return Binding(kernels, kernels.pack_input(self.input_weights()), packed, self.qweight)
 
     def input_weights(self) -> InputWeights:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -77,10 +81,53 @@ class Modulation(nn.Module):
         self.hidden_size, self.chunks, self.plus_one = hidden_size, chunks, plus_one
         self.linear = linear
 
-    def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
-        """(B, D) -> `chunks` times (B, D)."""
-        vectors = list(self.linear(functional.silu(conditioning)).chunk(self.chunks, dim=1))
+    def forward(self, conditioning: Tensor, joined: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(B, D) -> `chunks` times (B, D); `joined` is linear(silu(conditioning)) where it is computed already."""
+        if joined is None:
+            joined = self.linear(functional.silu(conditioning))
+        vectors = list(joined.chunk(self.chunks, dim=1))
         if isinstance(self.linear, DenseLinear) or not self.plus_one:
             for i in {1, self.chunks - 2}:
                 vectors[i] = 1 + vectors[i]
         return tuple(vectors)
+
+
+class SharedConditioning:
+    """The linears of modulations that read the same conditioning vector: one launch for all, where that is possible.
+
+    It is not where weights come later or lie elsewhere (offloading, several GPUs) or the linears differ in kind; each
+    modulation then computes its own.
+    """
+
+    def __init__(self) -> None:
+        self._packed: tuple[tuple[weakref.ref[Binding], ...], Any] = (), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_packed": ((), None)}
+
+    def __call__(self, modulations: Sequence[Modulation], conditioning: Tensor) -> list[Tensor | None]:
+        """(B, D) -> linear(silu(conditioning)) of each modulation, or None for each."""
+        linears = [modulation.linear for modulation in modulations]
+        bindings = _alike(linears, conditioning)
+        if not bindings:
+            return [None] * len(linears)
+        kernels, (packed_for, packed) = bindings[0].kernels, self._packed
+        if tuple(ref() for ref in packed_for) != bindings:
+            packed = kernels.pack_w4a16_group([binding.product_weights for binding in bindings])
+            self._packed = tuple(weakref.ref(binding, self._forget) for binding in bindings), packed
+        return list(kernels.w4a16_group(functional.silu(conditioning), packed))
+
+    def _forget(self, _: weakref.ref[Binding]) -> None:
+        """Weights that are moved away must not stay in memory for the sake of this."""
+        self._packed = (), None
+
+
+def _alike(linears: Sequence[W4A16Linear | DenseLinear], x: Tensor) -> tuple[Binding, ...]:
+    """The bindings of 4-bit linears that one launch can take; none otherwise."""
+    quantized = [linear for linear in linears if isinstance(linear, W4A16Linear)]
+    kinds = {(linear.in_features, linear.wscales.dtype) for linear in quantized}
+    present = all(linear.qweight.device == x.device for linear in quantized)
+    if len(quantized) < len(linears) or len(kinds) != 1 or not present:
+        return ()
+    bindings = tuple(linear.binding() for linear in quantized)
+    return bindings if all(b.kernels is bindings[0].kernels for b in bindings) else ()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
+from tonfa.errors import UnsupportedError
 from tonfa.ops.activation import Activations
 
 OPS: dict[str, str] = {
@@ -18,9 +20,10 @@ OPS: dict[str, str] = {
     "product_gate_residual": "product, gate and residual",
     "norm_modulate_quantize": "LayerNorm, modulation, quantization",
     "w4a16": "4-bit linear with 16-bit activations (modulations)",
+    "w4a16_group": "the same for several linears that read one input",
     "attention": "softmax attention over all heads",
 }
-"""Every op by name. The fused ones fall back to compositions of `quantize` and `product`."""
+"""Every op by name. Fused ones fall back to compositions of `quantize` and `product`, groups to one at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class Backend:
     """One way to compute the ops.
 
     `table` loads its kernels: a mapping from op names to callables, with `pack_input`, `pack_product` and `pack_w4a16`
-    beside them, which turn canonical weights into what the kernels read. Importing the kernels happens inside, so that
-    a backend whose packages are missing can still be listed.
+    beside them, which turn canonical weights into what the kernels read; `pack_w4a16_group`, if the backend needs it,
+    prepares what `pack_w4a16` returned for `w4a16_group`. Importing the kernels happens inside, so that a backend whose
+    packages are missing can still be listed.
     """
 
     name: str
@@ -41,3 +45,42 @@ class Backend:
     """Why it is taken on this device only if it is asked for by name, although it can run; None if it need not be."""
     missing: Callable[[], str | None] = lambda: None
     """What it lacks on devices that it is made for, and how to get it: dispatch logs it and takes the next backend."""
+
+
+ATTENTIONS: dict[str, str] = {
+    "sdpa": "in 16 bits, by the backend of the layers",
+    "fp8": "in FP8 on GPUs that compute it natively",
+}
+"""The ways to compute attention that a user may choose, the default first."""
+
+
+def parse_attention(name: str) -> str:
+    """The name itself; raises UnsupportedError if there is no such attention."""
+    if name in ATTENTIONS:
+        return name
+    raise UnsupportedError(f"attention={name!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+
+
+Residency = Literal["int4", "fp8"]
+"""What of the weights stays in a device's memory: 4-bit codes alone, or FP8 as the kernels multiply it too."""
+
+
+def parse_residency(name: str) -> Residency:
+    """The name itself; raises UnsupportedError if there is no such form."""
+    for residency in get_args(Residency):
+        if name == residency:
+            return name  # type: ignore[return-value]
+    raise UnsupportedError(f"weights={name!r} is unknown; choose one of {', '.join(get_args(Residency))}")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """One of `ATTENTIONS`. `load` imports and returns its kernel; None stands for that of the layers' backend.
+
+    A chosen kernel takes q, k, v, the mask, and the weights of q's and of k's norms (see ops/attention_fp8.py).
+    """
+
+    name: str
+    reason_against: Callable[[torch.device], str | None]
+    """None if it can run on this device, otherwise why not and what would help."""
+    load: Callable[[], Callable[..., Tensor]] | None

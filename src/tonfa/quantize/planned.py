@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from tonfa.checkpoint.strict import Spec
+from tonfa.errors import FormatError
 from tonfa.formats import GROUP_SIZE
 from tonfa.plan import LinearPlan, ModelPlan
 from tonfa.quantize.modulation import quantize_modulation
+from tonfa.quantize.moments import InputMoments
 from tonfa.quantize.recipe import Recipe, quantize_linear
 from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
@@ -37,12 +39,40 @@ def gather(linear: LinearPlan, source: Reader, device: torch.device | str | None
 
 
 def quantize_planned(
-    linear: LinearPlan, weight: Tensor, bias: Tensor, recipe: Recipe, dtype: torch.dtype
+    linear: LinearPlan,
+    weight: Tensor,
+    bias: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    moments: InputMoments | None = None,
+    smooth_factor: Tensor | None = None,
 ) -> SVDQWeights | W4A16Weights:
-    """The gathered linear in the form that the plan asks for, its scales in `dtype`, on the weight's device."""
+    """The gathered linear in the form that the plan asks for, its scales in `dtype`, on the weight's device.
+
+    `moments` are those of its input, `smooth_factor` (K,) what it shares with others; a modulation needs neither.
+    """
     if linear.kind == "w4a16":
         return quantize_modulation(weight, bias, linear.plus_one, dtype=dtype, name=linear.name)
-    return quantize_linear(weight, bias, recipe, unsigned=linear.unsigned, dtype=dtype, name=linear.name)
+    return quantize_linear(
+        weight,
+        bias,
+        recipe,
+        moments=moments,
+        smooth_factor=smooth_factor,
+        unsigned=linear.unsigned,
+        dtype=dtype,
+        name=linear.name,
+    )
+
+
+def check_rank(plan: ModelPlan, recipe: Recipe) -> None:
+    """Raise FormatError, naming the first linear of the plan that is too small for the recipe's branch."""
+    for linear in plan.linears():
+        n, k = linear.out_features, linear.in_features
+        if linear.kind == "svdq" and (linear.rank or recipe.rank) > min(n, k):
+            raise FormatError(
+                f"{linear.name}.weight: rank {recipe.rank} exceeds the smaller side of {n} x {k}; lower the rank"
+            )
 
 
 def relative_error(weight: Tensor, weights: SVDQWeights | W4A16Weights | StackedWeights) -> float:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ from torch import Tensor
 from tonfa.checkpoint.native import MODEL_CLASS, VERSION, quantization_config
 from tonfa.checkpoint.shards import DEFAULT_SHARD_SIZE, group_by_size, parse_size, shard_names, write_tensors
 from tonfa.checkpoint.strict import Spec, check, dtype_name, nbytes
+from tonfa.checkpoint.tensors import TensorFiles
 from tonfa.errors import CheckpointError, UnsupportedError
-from tonfa.plan import BlockPlan, LinearPlan, ModelPlan
-from tonfa.quantize.checks import check_finite
-from tonfa.quantize.planned import dense_spec, gather, planned_spec, quantize_planned, relative_error
+from tonfa.plan import BlockPlan, ModelPlan
+from tonfa.quantize.build import BlockBuilder, Source, block_spec
+from tonfa.quantize.calibration import Calibration
+from tonfa.quantize.planned import check_rank, dense_spec
 from tonfa.quantize.recipe import Recipe
 from tonfa.quantize.workspace import Workspace
 from tonfa.version import __version__
@@ -36,27 +38,6 @@ Progress = Callable[[str, int, int], None]
 """Called with a linear's name, the number of finished linears and the number of all."""
 
 _DISK_MARGIN = 1 << 20
-
-
-class Source(Protocol):
-    """A dense model on disk: `checkpoint.tensors.TensorFolder`."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it is."""
-        ...
-
-    def spec(self) -> Spec:
-        """Shapes and dtypes by name."""
-        ...
-
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Equal only for unchanged files."""
-        ...
-
-    def __getitem__(self, name: str, /) -> Tensor:
-        """One tensor, read now."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,16 +60,9 @@ class _Shard:
     spec: Spec
 
 
-def _block_spec(block: BlockPlan, source: Spec, rank: int, dtype: torch.dtype) -> Spec:
-    spec = {target: (source[name][0], dtype) for target, name in block.copies}
-    for linear in block.linears:
-        spec |= planned_spec(linear, rank, dtype)
-    return spec
-
-
 def _layout(plan: ModelPlan, source: Spec, rank: int, dtype: torch.dtype, limit: int) -> list[_Shard]:
     """Neighboring blocks share a shard up to `limit` bytes."""
-    specs = [_block_spec(block, source, rank, dtype) for block in plan.blocks]
+    specs = [block_spec(block, source, rank, dtype) for block in plan.blocks]
     groups = group_by_size(specs, limit)
     return [
         _Shard(name, tuple(plan.blocks[i] for i in group), {n: e for i in group for n, e in specs[i].items()})
@@ -121,25 +95,10 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _native_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _native_config(config: Mapping[str, Any], recipe: Recipe, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
-    return {**kept, "_class_name": MODEL_CLASS, "quantization_config": quantization_config(recipe.rank, recipe)}
-
-
-def _copied(name: str, source: Source, dtype: torch.dtype) -> Tensor:
-    tensor = source[name]
-    check_finite(name, tensor, dtype)
-    return tensor.to(dtype)
-
-
-def _quantized(
-    linear: LinearPlan, source: Source, recipe: Recipe, dtype: torch.dtype, device: torch.device | str
-) -> tuple[dict[str, Tensor], float]:
-    """The tensors of one linear, on the host, and its relative error."""
-    weight, bias = gather(linear, source, device)
-    weights = quantize_planned(linear, weight, bias, recipe, dtype)
-    tensors = {f"{linear.name}.{field}": tensor.cpu() for field, tensor in weights.tensors().items()}
-    return tensors, relative_error(weight, weights)
+    made = asdict(recipe) if calibration is None else {**asdict(recipe), "calibration": dict(calibration)}
+    return {**kept, "_class_name": MODEL_CLASS, "quantization_config": quantization_config(recipe.rank, made)}
 
 
 def quantize_checkpoint(
@@ -155,16 +114,19 @@ def quantize_checkpoint(
     overwrite: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     target: Spec | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Quantize a dense Diffusers model into a native checkpoint in the folder `out`.
 
     `config` is the model's Diffusers configuration, `dtype` that of scales, branches and copies, `target` the spec of
-    the quantized model's state dict, with which copied tensors are compared too. Stopped at any moment, the run leaves
-    `<out>.partial` behind and goes on there when it is repeated. `overwrite` replaces a checkpoint in `out` and
-    discards an unfinished run with other settings.
+    the quantized model's state dict, with which copied tensors are compared too; without a `calibration` the recipe
+    works on the weights alone. Stopped at any moment, the run leaves `<out>.partial` behind and goes on there when it
+    is repeated: samples and shards that are whole are not made again, and the blocks of finished shards are only run.
+    `overwrite` replaces a checkpoint in `out` and discards an unfinished run with other settings.
 
     Raises CheckpointError for a source that does not fit the plan, an `out` that is taken, too little space on the
-    disk; FormatError for weights that are not finite; UnsupportedError for a dtype or size that is not offered.
+    disk; FormatError for weights or calibration inputs that are not finite and a rank that does not fit;
+    UnsupportedError for a dtype or size that is not offered, and where memory runs out.
     """
     started = time.monotonic()
     if dtype not in FLOAT_DTYPES:
@@ -179,38 +141,49 @@ def quantize_checkpoint(
     if target is not None:
         check({name: entry for shard in shards for name, entry in shard.spec.items()}, target, "the plan")
 
-    native = _native_config(config, recipe)
+    check_rank(plan, recipe)
+    samples = {} if calibration is None else calibration.identity()
+    native = _native_config(config, recipe, None if calibration is None else samples)
     fingerprint = {
         "tonfa version": __version__,
         "format version": VERSION,
         "recipe": asdict(recipe),
         "dtype": dtype_name(dtype),
         "shard size": limit,
-        "model": _digest((plan, json.dumps(native, sort_keys=True))),
+        "model": _digest((plan, json.dumps(_native_config(config, recipe, None), sort_keys=True))),
         "source": [list(entry) for entry in source.identity()],
+        "calibration": calibration is not None,
+        **{f"calibration {key}": value for key, value in samples.items()},
     }
     workspace = Workspace(out, fingerprint, overwrite)
     finished = {shard.name: workspace.finished(shard.name, shard.spec) for shard in shards}
-    _check_space(workspace.folder, sum(nbytes(shard.spec) for shard in shards if finished[shard.name] is None))
+    unfinished = [shard for shard in shards if finished[shard.name] is None]
+    needed = sum(nbytes(shard.spec) for shard in unfinished)
+    if calibration is not None and not workspace.samples.exists():
+        needed += calibration.nbytes()
+    _check_space(workspace.folder, needed)
 
     total = sum(1 for _ in plan.linears())
     errors = {linear: error for known in finished.values() if known for linear, error in known.items()}
     resumed = len(errors)
-    for shard in shards:
+    walk = None if calibration is None or not unfinished else calibration.open(workspace.samples)
+    blocks = BlockBuilder(source, recipe, dtype, device, walk, calibration is not None and calibration.sequential)
+
+    def made(linear: str, error: float) -> None:
+        errors[linear] = error
+        if progress is not None:
+            progress(linear, len(errors), total)
+
+    for shard in shards[: shards.index(unfinished[-1]) + 1] if unfinished else []:
         if finished[shard.name] is not None:
+            for block in shard.blocks if walk is not None else ():
+                blocks.pass_by(block, TensorFiles([workspace.content / shard.name]))
             continue
         tensors: dict[str, Tensor] = {}
-        made: dict[str, float] = {}
         for block in shard.blocks:
-            tensors |= {name: _copied(original, source, dtype) for name, original in block.copies}
-            for linear in block.linears:
-                quantized, made[linear.name] = _quantized(linear, source, recipe, dtype, device)
-                tensors |= quantized
-                if progress is not None:
-                    progress(linear.name, len(errors) + len(made), total)
+            tensors |= blocks.make(block, made)
         write_tensors(workspace.content / shard.name, tensors)
-        workspace.enter(shard.name, made)
-        errors |= made
+        workspace.enter(shard.name, {linear.name: errors[linear.name] for b in shard.blocks for linear in b.linears})
 
     workspace.publish(native, {shard.name: shard.spec for shard in shards})
     return Report(

@@ -2,7 +2,7 @@
 
 The manifest holds a fingerprint of everything that decides the output and, for each finished shard, the errors of its
 linears. A shard is entered after its file has been written, synced and renamed, so that a run that was stopped at any
-moment goes on with the first shard that is not entered.
+moment goes on with the first shard that is not entered. A calibration keeps its samples there too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tonfa.errors import CheckpointError
 
 _MANIFEST = "manifest.json"
 _CONTENT = "checkpoint"
+_SAMPLES = "samples"
 
 
 class Workspace:
@@ -34,7 +35,7 @@ class Workspace:
         check_output(out, overwrite)
         self.out = out
         self.folder = out.with_name(out.name + ".partial")
-        self.content = self.folder / _CONTENT
+        self.content, self.samples = self.folder / _CONTENT, self.folder / _SAMPLES
         self._fingerprint = dict(fingerprint)
         self._errors: dict[str, dict[str, float]] = {}
         self._resume(overwrite)
@@ -54,7 +55,7 @@ class Workspace:
                 raise CheckpointError(f"{self.folder}: is in the way and is no unfinished checkpoint; remove it")
         elif before == self._fingerprint:
             self._errors = errors
-        elif overwrite or not errors:
+        elif overwrite or not (errors or self.samples.exists()):
             shutil.rmtree(self.folder)
         else:
             changed = ", ".join(key for key, value in self._fingerprint.items() if before.get(key) != value)

@@ -22,6 +22,7 @@ COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
 
 _STATUS = {1: "threads wait for ever", 2: "some threads miss a barrier", 3: "a 16-byte copy is misaligned"}
+_DYNAMIC_SHARED = 128 << 10
 _OPERAND = re.compile(r'"[=+]?[rfln]"\s*\(((?:[^()]|\([^()]*\))*)\)')
 
 
@@ -41,6 +42,7 @@ def translate(text: str) -> str:
     """Device code for the CPU."""
     text = re.sub(r"#pragma unroll.*", "", text)
     text = re.sub(r"\bsize_t\b", "std::size_t", text)
+    text = re.sub(r"extern (__shared__ [^;]*)\[\];", rf"\1[{_DYNAMIC_SHARED}];", text)
     return re.sub(r"\basm(?: volatile)?\(\s*\".*?\);(?=\s)", _call, text, flags=re.S)
 
 

@@ -27,7 +27,7 @@ from tonfa.kernels.cuda.product_gate_residual import product_gate_residual
 from tonfa.kernels.cuda.product_gelu_quantize import product_gelu_quantize
 from tonfa.kernels.cuda.product_norm_rope import product_norm_rope, product_norm_rope_into
 from tonfa.kernels.cuda.quantize import pack_activation, pack_input, quantize, unpack_activation
-from tonfa.kernels.cuda.w4a16 import pack_w4a16, w4a16
+from tonfa.kernels.cuda.w4a16 import pack_w4a16, w4a16, w4a16_group
 from tonfa.layers.linear import SVDQLinear
 from tonfa.ops import fused
 from tonfa.ops import product as product_op
@@ -341,6 +341,28 @@ def test_w4a16(n: int, k: int, batch: int, dtype: torch.dtype, generator: torch.
     weight, bias = w.dense(torch.float32)
     rounded = (x.float() @ weight.T + bias).to(dtype)
     assert relative_error(found, exact) <= 2 * relative_error(rounded, exact) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "k", "batch"), [((130, 8, 18), 192, 6), ((8,) * 81, 64, 2), ((18432, 9216) * 38, 3072, 1)], ids=str
+)
+def test_w4a16_group_equals_its_linears(
+    sizes: tuple[int, ...], k: int, batch: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    distinct = {n: random_modulation(n, k, generator=generator, dtype=dtype) for n in sizes}
+    packed = []
+    for i, n in enumerate(sizes):
+        w = distinct[n]
+        w = replace(w, bias=w.bias + i)
+        packed.append(pack_w4a16(W4A16Weights(**{name: t.to(GPU) for name, t in w.tensors().items()})))
+    x = outlier_input(batch, k, generator, dtype).to(GPU)
+    found = w4a16_group(x, packed)
+    assert len(found) == len(packed)
+    for y, w in zip(found, packed, strict=True):
+        assert torch.equal(y, w4a16(x, w))
+    with pytest.raises(FormatError, match="linears of one launch need the same in_features, dtype and device"):
+        w4a16_group(x, [*packed, pack_w4a16(random_modulation(8, k + 64, generator=generator, dtype=dtype))])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import Array, c_float, c_int32, c_int64, c_void_p
 
 import pytest
 import torch
@@ -54,21 +54,21 @@ def test_weights_come_back(n: int, rank: int, dtype: torch.dtype, generator: tor
 
 def structs(kind: type[Struct]) -> Iterator[type[Struct]]:
     yield kind
-    for _, field in kind._fields_:
-        if issubclass(field, Struct):
-            yield from structs(field)
+    for nested in kind.nested():
+        yield from structs(nested)
 
 
 def test_structs_have_the_fields_of_the_device_code_in_its_order() -> None:
     text = "\n".join(_device_code("tonfa.kernels.cuda").values())
     kinds = {s for kernel in kernels() for parameter in kernel.parameters for s in structs(parameter)}
-    assert len(kinds) == 11
+    assert len(kinds) == 12
     for kind in kinds:
         (body,) = re.findall(rf"^struct {kind.__name__} {{\n(.*?)^}};", text, re.S | re.M)
-        fields = re.findall(r"^\s+([\w ]+?)(\*?) (\w+);", body, re.M)
+        fields = re.findall(r"^\s+([\w ]+?)(\*?) +(\w+)(?:\[\w+\])?;", body, re.M)
         assert [name for _, _, name in fields] == [name for name, _ in kind._fields_]
         for (written, star, _), (_, held) in zip(fields, kind._fields_, strict=True):
             device_type = "pointer" if star else written
+            held = held._type_ if issubclass(held, Array) else held
             host_type = {c_void_p: "pointer", c_int32: "int", c_int64: "long long", c_float: "float"}.get(
                 held, held.__name__
             )

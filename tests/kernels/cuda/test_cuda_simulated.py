@@ -125,9 +125,17 @@ def test_norm_modulate_quantize(length: int, k: int, rank: int, dtype: torch.dty
     gpu.test_norm_modulate_quantize(length, k, rank, dtype, generator)
 
 
-@pytest.mark.parametrize(("n", "k", "batch", "dtype"), [(1, 64, 1, BF16), (18, 128, 3, FP16), (192, 1088, 1, BF16)])
+@pytest.mark.parametrize(
+    ("n", "k", "batch", "dtype"),
+    [(1, 64, 1, BF16), (18, 128, 3, FP16), (192, 1088, 1, BF16), (140, 512, 4, FP16), (40, 192, 6, BF16)],
+)
 def test_w4a16(n: int, k: int, batch: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     gpu.test_w4a16(n, k, batch, dtype, generator)
+
+
+@pytest.mark.parametrize(("sizes", "k", "batch"), [((130, 8, 18), 192, 6), ((8,) * 81, 64, 2)])
+def test_w4a16_group_equals_its_linears(sizes: tuple[int, ...], k: int, batch: int, generator: torch.Generator) -> None:
+    gpu.test_w4a16_group_equals_its_linears(sizes, k, batch, BF16, generator)
 
 
 @pytest.mark.parametrize(("unsigned", "dtype"), [(False, BF16), (False, FP16), (True, BF16), (True, FP16)])

@@ -14,7 +14,6 @@ from support import outlier_input, relative_error
 from tonfa import dispatch
 from tonfa.kernels.triton.attention import attention
 from tonfa.kernels.triton.scratch import Scratch
-from tonfa.kernels.triton.w4a16 import w4a16
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import W4A16Linear
 from tonfa.ops import attention as op
@@ -93,8 +92,9 @@ def test_the_modulation_runs_on_it(generator: torch.Generator) -> None:
     linear.qweight.copy_(torch.randint(0, 256, linear.qweight.shape, generator=generator))
     x = torch.randn(2, 64, generator=generator).bfloat16().to(CUDA)
     weight, bias = linear.weights().dense(torch.float64)
-    assert relative_error(linear(x), x.double() @ weight.T + bias) < 2**-8
-    assert linear.binding().kernels.w4a16 is w4a16
+    kernels = dispatch.bind(CUDA, "fp8", "triton")
+    found = kernels.w4a16(x, kernels.pack_w4a16(linear.weights()))
+    assert relative_error(found, x.double() @ weight.T + bias) < 2**-8
 
 
 @pytest.mark.parametrize("length", [1, 77])

@@ -42,7 +42,7 @@ def test_as_exact_as_the_reference(
 def test_many_linears_in_one_launch(device: torch.device, generator: torch.Generator) -> None:
     weights = [modulation(n, 128, device, generator, torch.float16) for n in (96, 8, 200)]
     x = torch.randn(2, 128, generator=generator).to(device).half()
-    found = w4a16_group(x, pack_w4a16_group(weights))
+    found = w4a16_group(x, pack_w4a16_group([pack_w4a16(w) for w in weights]))
     for y, w in zip(found, weights, strict=True):
         assert torch.equal(y, w4a16(x, pack_w4a16(w)))
         assert relative_error(y, op.reference(x, w)) < 2**-10
@@ -59,5 +59,5 @@ def test_wrong_inputs_are_refused(device: torch.device, generator: torch.Generat
     w, other = (modulation(64, k, device, generator, torch.float16) for k in (64, 128))
     with pytest.raises(FormatError, match=r"expected x of shape \(B, 64\), got \(2, 32\)"):
         w4a16(torch.ones(2, 32, device=device), pack_w4a16(w))
-    with pytest.raises(FormatError, match="the same in_features and the same dtype"):
-        pack_w4a16_group([w, other])
+    with pytest.raises(FormatError, match="the same in_features, dtype and device"):
+        pack_w4a16_group([pack_w4a16(w), pack_w4a16(other)])

@@ -6,16 +6,18 @@ Layers whose weights are neither bfloat16 nor float16 are computed by the refere
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tonfa.kernels import reference
 from tonfa.kernels.route import route
 from tonfa.ops import fused
+from tonfa.ops import w4a16 as w4a16_op
 from tonfa.ops.activation import Activations
 from tonfa.ops.table import Backend
 
@@ -64,7 +66,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     from tonfa.kernels.cuda.product_gelu_quantize import product_gelu_quantize
     from tonfa.kernels.cuda.product_norm_rope import product_norm_rope, product_norm_rope_into
     from tonfa.kernels.cuda.quantize import PackedInput, pack_input, quantize
-    from tonfa.kernels.cuda.w4a16 import PackedW4A16, pack_w4a16, w4a16
+    from tonfa.kernels.cuda.w4a16 import PackedW4A16, pack_w4a16, w4a16, w4a16_group
 
     theirs = reference.table(activations)
     packed = (PackedInput, PackedProduct, PackedW4A16)
@@ -81,6 +83,11 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
 
         return chosen
 
+    def together(x: Tensor, parts: Sequence[Any]) -> tuple[Tensor, ...]:
+        if all(isinstance(part, PackedW4A16) for part in parts):
+            return w4a16_group(x, parts)
+        return w4a16_op.group(theirs["w4a16"], x, parts)
+
     def fusion(kernel: Callable[..., Any], *places: int) -> Callable[..., Any]:
         return route(kernel, partial(getattr(fused, kernel.__name__), primitives), packed, *places)
 
@@ -96,6 +103,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "product_gate_residual": fusion(product_gate_residual, 1),
         "norm_modulate_quantize": fusion(norm_modulate_quantize, 3),
         "w4a16": route(w4a16, theirs["w4a16"], packed, 1),
+        "w4a16_group": together,
         "attention": theirs["attention"],
     }
 

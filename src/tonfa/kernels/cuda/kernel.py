@@ -31,8 +31,17 @@ class Struct(ctypes.Structure):
         conditions = [f"sizeof({cls.__name__}) == {ctypes.sizeof(cls)}"]
         for name, *_ in cls._fields_:
             conditions.append(f"sizeof({cls.__name__}::{name}) == {getattr(cls, name).size}")
-        nested = "".join(field[1].layout() for field in cls._fields_ if issubclass(field[1], Struct))
+        nested = "".join(struct.layout() for struct in cls.nested())
         return f'{nested}static_assert({" && ".join(conditions)}, "{cls.__name__} of the host differs");\n'
+
+    @classmethod
+    def nested(cls) -> list[type[Struct]]:
+        """The structs among its fields, and those that its arrays are made of."""
+        kinds = [
+            getattr(field[1], "_type_", None) if issubclass(field[1], ctypes.Array) else field[1]
+            for field in cls._fields_
+        ]
+        return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Struct)]
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Kernel:
     """"a" for instructions that only this very architecture has, as in sm_90a."""
     preamble: str = ""
     """Device code in front of the source."""
+    early: bool = False
+    """Whether it may start before the kernel in front of it is done, for which it waits itself (griddepcontrol)."""
 
     def __str__(self) -> str:
         return f"{self.name}[{', '.join(f'{key}={value}' for key, value in self.defines)}]"

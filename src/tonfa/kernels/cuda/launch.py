@@ -91,6 +91,21 @@ def _make_context_current(index: int) -> None:
         _done(driver.cuCtxSetCurrent(context), f"selecting cuda:{index}")
 
 
+@lru_cache(maxsize=4096)
+def _early_start(kernel: Kernel, x: int, y: int, z: int, stream: int) -> Any:
+    """A launch with the attribute of programmatic dependent launch."""
+    driver = _driver()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
+    config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+    config.sharedMemBytes, config.hStream = kernel.shared, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
+
+
 def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], *parameters: Struct) -> None:
     """Start the kernel with `grid` blocks on the current stream of `device`. Raises KernelError if that fails."""
     if tuple(type(p) for p in parameters) != kernel.parameters:
@@ -103,7 +118,9 @@ def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], *paramet
         _make_context_current(index)
         function = _function(kernel, index)
         stream = torch.cuda.current_stream(index).cuda_stream
-        result = driver.cuLaunchKernel(
-            function, x, y, z, kernel.threads, 1, 1, kernel.shared, stream, ctypes.addressof(pointers), 0
-        )
+        address = ctypes.addressof(pointers)
+        if kernel.early:
+            result = driver.cuLaunchKernelEx(_early_start(kernel, x, y, z, stream), function, address, 0)
+        else:
+            result = driver.cuLaunchKernel(function, x, y, z, kernel.threads, 1, 1, kernel.shared, stream, address, 0)
     _done(result, f"starting {kernel} with {x} x {y} x {z} blocks on cuda:{index}")

@@ -1,22 +1,24 @@
 """The Hopper backend: FP8 activations on wgmma, 4-bit weights decoded on the way to it.
 
-Layers that its kernels do not take (float32, ranks that are no multiple of 16) go through Triton's.
+Layers that its kernels do not take (float32, ranks that are no multiple of 16) go through Triton's. Modulations take
+the kernel of the CUDA backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from tonfa.kernels.cuda import backend as cuda
+from tonfa.kernels.cuda.kernel import ELEMENTS
 from tonfa.kernels.route import route
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, InputWeights, QuantizedActivation
 from tonfa.ops.table import Backend
-from tonfa.weights import SVDQWeights
+from tonfa.weights import SVDQWeights, W4A16Weights
 
 
 def _reason_against(device: torch.device, activations: Activations) -> str | None:
@@ -29,13 +31,16 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
+    from tonfa.kernels.cuda import w4a16 as modulations
     from tonfa.kernels.hopper import product as products
     from tonfa.kernels.hopper import quantize as inputs
 
     theirs = triton.BACKEND.table(activations)
 
+    packed = (inputs.PackedInput, products.PackedProduct, modulations.PackedW4A16, tuple)
+
     def by_weights(ours: Callable[..., Any], op: str, place: int) -> Callable[..., Any]:
-        return route(ours, theirs[op], (inputs.PackedInput, products.PackedProduct), place)
+        return route(ours, theirs[op], packed, place)
 
     quantize = by_weights(inputs.quantize, "quantize", 1)
     product = by_weights(products.product, "product", 1)
@@ -54,10 +59,22 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     def pack_product(w: SVDQWeights) -> Any:
         return (products.pack_product if inputs.takes(w.wscales.dtype, w.rank) else theirs["pack_product"])(w)
 
+    def pack_w4a16(w: W4A16Weights) -> Any:
+        return (modulations.pack_w4a16 if w.wscales.dtype in ELEMENTS else theirs["pack_w4a16"])(w)
+
+    def pack_w4a16_group(parts: Sequence[Any]) -> Any:
+        mine = all(isinstance(part, modulations.PackedW4A16) for part in parts)
+        return tuple(parts) if mine else theirs["pack_w4a16_group"](parts)
+
     return {
         **theirs,
         "pack_input": pack_input,
         "pack_product": pack_product,
+        "pack_product_expanded": products.pack_product_expanded,
+        "pack_w4a16": pack_w4a16,
+        "pack_w4a16_group": pack_w4a16_group,
+        "w4a16": by_weights(modulations.w4a16, "w4a16", 1),
+        "w4a16_group": by_weights(modulations.w4a16_group, "w4a16_group", 1),
         "quantize": quantize,
         "product": product,
         "norm_modulate_quantize": by_weights(inputs.norm_modulate_quantize, "norm_modulate_quantize", 3),

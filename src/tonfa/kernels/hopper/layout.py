@@ -3,7 +3,7 @@
 Rows of 128 bytes are stored tile by tile, (tiles, rows, 128), rows padded to a multiple of 8; piece c (16 bytes) of
 row m lies at place c XOR (m mod 8), the 128-byte swizzle of wgmma's shared memory operands, so one plain copy brings
 any run of rows. Codes have their 128 channels in the order in which the product decodes weights: byte 32 s + 16 h +
-4 q + i is channel 32 q + 8 s + 4 h + i, so a thread's 16 bytes of 4-bit codes are its A fragments of four wgmma.
+4 q + i is channel 32 q + 8 s + 4 h + i, so a thread's 16 bytes of 4-bit codes become four bytes of each piece.
 """
 
 from __future__ import annotations
@@ -63,3 +63,10 @@ def pack_up(proj_up: Tensor) -> Tensor:
     # n: tile, warpgroup, warp, upper or lower half of 16 rows, row; r: step, half of 16, quad, pair
     split = whole.view(tiles, 2, 4, 2, 8, steps, 2, 4, 2)
     return split.permute(0, 5, 1, 2, 4, 7, 6, 3, 8).reshape(tiles, steps, 256, 8).contiguous()
+
+
+def pack_down(down: Tensor) -> Tensor:
+    """(R, K) 16-bit -> (K/64, R, 128) bytes, swizzled."""
+    rank, k = down.shape
+    tiles = down.view(rank, k // 64, 64).permute(1, 0, 2).contiguous()
+    return swizzle(tiles.view(torch.uint8))

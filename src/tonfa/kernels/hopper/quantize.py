@@ -57,7 +57,7 @@ class Quantize(Struct):
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedInput:
     """`InputWeights` as the kernel reads them."""
 
@@ -137,16 +137,22 @@ def _splits(blocks: int, tiles: int, processors: int) -> int:
     return min(range(1, max(1, min(tiles // 2, 16)) + 1), key=turns)
 
 
+def empty_activation(rows: int, w: PackedInput, dtype: torch.dtype, device: torch.device) -> HopperActivation:
+    """Memory for so many rows of a quantized input."""
+    padded, steps = round_up(rows, ROW_MULTIPLE), -(-w.channels // ROW_BYTES)
+    codes = torch.empty((steps, padded, ROW_BYTES), dtype=torch.uint8, device=device)
+    scales = torch.empty(padded, device=device)[:rows]
+    lowrank = torch.empty((-(-w.rank // 64), padded, 64), dtype=torch.bfloat16, device=device)
+    return HopperActivation(codes, scales, lowrank, dtype, rows, w.channels, 0, w.rank)
+
+
 def _run(
     x: Tensor, w: PackedInput, scale: Tensor | None, shift: Tensor | None, absmax: Tensor | None
 ) -> HopperActivation:
     (batch, length, k), device = x.shape, x.device
     m, tiles = batch * length, -(-k // ROW_BYTES)
     m_pad = round_up(m, ROW_MULTIPLE)
-    codes = torch.empty((tiles, m_pad, ROW_BYTES), dtype=torch.uint8, device=device)
-    scales = torch.empty(m, device=device)
-    lowrank = torch.empty((-(-w.rank // 64), m_pad, 64), dtype=torch.bfloat16, device=device)
-    out = HopperActivation(codes, scales, lowrank, x.dtype, m, k, 0, w.rank)
+    out = empty_activation(m, w, x.dtype, device)
     if m == 0:
         return out
     known = absmax is not None
@@ -165,9 +171,9 @@ def _run(
         w.inverse.data_ptr(),
         w.down.data_ptr(),
         None if absmax is None else absmax.data_ptr(),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        lowrank.data_ptr(),
+        out.codes.data_ptr(),
+        out.scales.data_ptr(),
+        out.lowrank.data_ptr(),
         None if partial is None else partial.data_ptr(),
         None if arrived is None else arrived.data_ptr(),
         x.stride(0),

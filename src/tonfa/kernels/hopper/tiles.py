@@ -7,37 +7,61 @@ from functools import lru_cache
 CHANNELS = 128
 _TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 96, 64, 32)
 _SHARED = 232_448 - 1024
-_STEP, _TOKEN = 0.52, 0.00175  # microseconds of 128 channels of a tile on an H200: 0.78 at 128 tokens, 0.97 at 256
+_MANY_FINISHERS = 192  # tokens of the largest tile that leaves registers for seven warps
+_KEPT_RANK = 32  # of a down-projection whose sums fit beside those of the largest such tile
+_SLOT = 0.02  # adding up sums of another block, in the same microseconds
+_STEP, _TOKEN = 0.16, 0.0024  # microseconds of 128 channels of a tile on an H200, the tile's end spread over 24 steps
 
 
-def part(tokens: int) -> int:
-    """Tokens that the epilogue stages at a time."""
-    return (tokens // 8 + 1) // 2 * 8
+def _stage_bytes(tokens: int) -> int:
+    """Codes of x, weights, scales of the tokens."""
+    return tokens * 128 + CHANNELS * 128 + 1024
 
 
-def stages(tokens: int) -> int:
+def _rest_bytes(tokens: int, down_rank: int | None) -> int:
+    """A finished tile, what a fused quantization needs of the next linear, barriers."""
+    following = 0 if down_rank is None else down_rank * CHANNELS * 2 + CHANNELS * 4
+    return tokens * 256 + following + 256
+
+
+def stages(tokens: int, down_rank: int | None = None) -> int:
     """Steps in flight."""
-    staged = 2 * part(tokens) * 128 + 4 * 2 * tokens + 256
-    return min(8, (_SHARED - staged) // stage_bytes(tokens))
+    return min(8, (_SHARED - _rest_bytes(tokens, down_rank)) // _stage_bytes(tokens))
 
 
-def stage_bytes(tokens: int) -> int:
-    """Codes of x, 4-bit codes of w, tables."""
-    return tokens * 128 + CHANNELS * 64 + 2 * CHANNELS * 16
-
-
-def shared_bytes(tokens: int) -> int:
+def shared_bytes(tokens: int, down_rank: int | None = None) -> int:
     """Shared memory of a block."""
-    count = stages(tokens)
-    return 1024 + count * stage_bytes(tokens) + 2 * part(tokens) * 128 + 2 * tokens * 4 + 16 * count
+    return 1024 + stages(tokens, down_rank) * _stage_bytes(tokens) + _rest_bytes(tokens, down_rank)
+
+
+def threads(tokens: int) -> int:
+    """Of a block: registers decide how many warps finish tiles beside those that multiply."""
+    return 384 if tokens > _MANY_FINISHERS else 512
+
+
+def _cost(tokens: int, tiles: int, multiprocessors: int) -> float:
+    """Microseconds of 128 channels of every tile."""
+    return -(-tiles // multiprocessors) * (_STEP + _TOKEN * tokens)
 
 
 @lru_cache(maxsize=4096)
-def choose(rows: int, columns: int, multiprocessors: int) -> int:
-    """Tokens of a tile."""
+def choose(rows: int, columns: int, multiprocessors: int, much_to_finish: bool = False) -> int:
+    """Tokens of a tile; not the largest where three warps cannot finish one while the next is multiplied."""
+    n_tiles, largest = -(-columns // CHANNELS), _MANY_FINISHERS if much_to_finish else _TOKENS[0]
+    sizes = [tokens for tokens in _TOKENS if tokens <= largest]
+    return min(sizes, key=lambda tokens: _cost(tokens, -(-rows // tokens) * n_tiles, multiprocessors))
 
-    def cost(tokens: int) -> float:
-        tiles = -(-rows // tokens) * -(-columns // CHANNELS)
-        return -(-tiles // multiprocessors) * (_STEP + _TOKEN * tokens)
 
-    return min(_TOKENS, key=cost)
+@lru_cache(maxsize=4096)
+def choose_run(rows: int, columns: int, multiprocessors: int, rank: int) -> tuple[int, int]:
+    """Tokens of a tile, and how many of the same tokens a block takes one after another: they share their sums."""
+    n_tiles = -(-columns // CHANNELS)
+
+    def cost(choice: tuple[int, int]) -> float:
+        tokens, run = choice
+        slots = -(-n_tiles // run)
+        return run * _cost(tokens, -(-rows // tokens) * slots, multiprocessors) + _SLOT * slots
+
+    largest = _MANY_FINISHERS if rank <= _KEPT_RANK else 128  # registers for the sums
+    sizes = [tokens for tokens in _TOKENS if tokens <= largest and tokens % 64 == 0]
+    return min(((tokens, run) for tokens in sizes for run in range(1, n_tiles + 1)), key=cost)

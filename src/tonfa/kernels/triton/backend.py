@@ -33,12 +33,13 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     from tonfa.kernels.triton.product_gelu_quantize import product_gelu_quantize
     from tonfa.kernels.triton.product_norm_rope import product_norm_rope, product_norm_rope_into
     from tonfa.kernels.triton.quantize import norm_modulate_quantize, pack_input, quantize
-    from tonfa.kernels.triton.w4a16 import pack_w4a16, w4a16
+    from tonfa.kernels.triton.w4a16 import pack_w4a16, pack_w4a16_group, w4a16, w4a16_group
 
     return {
         "pack_input": pack_input,
         "pack_product": partial(pack_product, activations=activations),
         "pack_w4a16": pack_w4a16,
+        "pack_w4a16_group": pack_w4a16_group,
         "quantize": quantize,
         "product": product,
         "product_gelu_quantize": product_gelu_quantize,
@@ -47,6 +48,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "product_gate_residual": product_gate_residual,
         "norm_modulate_quantize": norm_modulate_quantize,
         "w4a16": w4a16,
+        "w4a16_group": w4a16_group,
         "attention": attention,
     }
 

@@ -40,14 +40,9 @@ class PackedW4A16:
     in_features: int
 
 
-def pack_w4a16_group(weights: Sequence[W4A16Weights]) -> PackedW4A16:
-    """Tables over linears of one K, dtype and device."""
-    for w in weights:
-        w.check("W4A16Weights")
-    first = weights[0]
-    kept = tuple(W4A16Weights(*(t.contiguous() for t in (w.qweight, w.wscales, w.wzeros, w.bias))) for w in weights)
-    if any((w.in_features, w.wscales.dtype) != (first.in_features, first.wscales.dtype) for w in kept):
-        raise FormatError("w4a16: linears of one launch need the same in_features and the same dtype")
+def _packed(kept: tuple[W4A16Weights, ...]) -> PackedW4A16:
+    """Tables over contiguous linears."""
+    first = kept[0]
     addresses = [[t.data_ptr() for t in (w.qweight, w.wscales, w.wzeros, w.bias)] for w in kept]
     if any(a % 16 for row in addresses for a in row):
         raise FormatError("w4a16: weights have to start at multiples of 16 bytes; clone them")
@@ -67,7 +62,17 @@ def pack_w4a16_group(weights: Sequence[W4A16Weights]) -> PackedW4A16:
 
 def pack_w4a16(w: W4A16Weights) -> PackedW4A16:
     """Tables over one linear."""
-    return pack_w4a16_group([w])
+    w.check("W4A16Weights")
+    return _packed((W4A16Weights(*(t.contiguous() for t in (w.qweight, w.wscales, w.wzeros, w.bias))),))
+
+
+def pack_w4a16_group(parts: Sequence[PackedW4A16]) -> PackedW4A16:
+    """Tables over linears of one K, dtype and device."""
+    kept = tuple(w for part in parts for w in part.weights)
+    kinds = {(w.in_features, w.wscales.dtype, w.qweight.device) for w in kept}
+    if len(kinds) > 1:
+        raise FormatError("w4a16: linears of one launch need the same in_features, dtype and device")
+    return _packed(kept)
 
 
 @triton.jit

@@ -6,11 +6,12 @@ first wherever the streams are joined, as in Diffusers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from tonfa.layers.bound import BoundModule
+from tonfa.layers.attention import Attention
 from tonfa.layers.fused import FusedLinear, QuantizedInput, SharedInput
 from tonfa.layers.modulation import Modulation
 from tonfa.layers.offload import offloadable
@@ -52,11 +53,13 @@ class SingleAttention(nn.Module):
         self.norm_q = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.norm_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(self, x: QuantizedInput, rotary: Rotary, mask: Tensor | None) -> Tensor:
         """(B, L, H * D): the input of `to_out`."""
-        q, k, v = self.to_qkv.product_norm_rope(x, self.norm_q.weight, self.norm_k.weight, rotary)
-        return attend(self.to_qkv, q, k, v, mask)
+        norm_q, norm_k = self.norm_q.weight, self.norm_k.weight
+        q, k, v = self.to_qkv.product_norm_rope(x, norm_q, norm_k, rotary)
+        return self.attention(self.to_qkv, q, k, v, mask, (norm_q,), (norm_k,))
 
 
 class JointAttention(nn.Module):
@@ -72,6 +75,7 @@ class JointAttention(nn.Module):
         self.norm_added_k = nn.RMSNorm(head_dim, eps=RMS_NORM_EPS)
         self.to_out = layers.linear(f"{name}.to_out", hidden_size, hidden_size)
         self.to_add_out = layers.linear(f"{name}.to_add_out", hidden_size, hidden_size)
+        self.attention = Attention()
 
     def forward(
         self,
@@ -87,18 +91,13 @@ class JointAttention(nn.Module):
         length, heads = text_length + img_rotary[0].shape[0], self.to_qkv.out_features // (3 * head_dim)
         # In memory (B, L, H, D), as attention kernels return their output.
         qkv = txt_rotary[0].new_empty((3, stream.shape[0], length, heads, head_dim), dtype=stream.dtype).transpose(2, 3)
-        norms = (self.norm_added_q.weight, self.norm_added_k.weight)
-        self.add_qkv_proj.product_norm_rope_into(txt, *norms, txt_rotary, qkv, 0)
-        norms = (self.norm_q.weight, self.norm_k.weight)
-        self.to_qkv.product_norm_rope_into(img, *norms, img_rotary, qkv, text_length)
+        norm_q = self.norm_added_q.weight, self.norm_q.weight
+        norm_k = self.norm_added_k.weight, self.norm_k.weight
+        self.add_qkv_proj.product_norm_rope_into(txt, norm_q[0], norm_k[0], txt_rotary, qkv, 0)
+        self.to_qkv.product_norm_rope_into(img, norm_q[1], norm_k[1], img_rotary, qkv, text_length)
         q, k, v = qkv.unbind(0)
-        joined = attend(self.to_qkv, q, k, v, mask)
+        joined = self.attention(self.to_qkv, q, k, v, mask, norm_q, norm_k)
         return joined[:, text_length:], joined[:, :text_length]
-
-
-def attend(layer: BoundModule, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention by the kernels of a layer: (B, H, L, D) each -> (B, L, H * D)."""
-    return layer.binding().kernels.attention(q, k, v, mask)
 
 
 class DoubleBlock(nn.Module):
@@ -112,6 +111,10 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(f"{name}.ff", hidden_size, layers)
         self.ff_context = FeedForward(f"{name}.ff_context", hidden_size, layers)
 
+    def modulations(self) -> tuple[Modulation, ...]:
+        """Of the image and of the text."""
+        return self.norm1, self.norm1_context
+
     @offloadable
     def forward(
         self,
@@ -121,11 +124,12 @@ class DoubleBlock(nn.Module):
         img_rotary: Rotary,  # (L_img, head_dim) each
         txt_rotary: Rotary,  # (L_txt, head_dim) each
         mask: Tensor | None = None,
+        modulated: Sequence[Tensor | None] = (None, None),  # of `modulations`, where it is computed already
     ) -> tuple[Tensor, Tensor]:
         """The image and the text stream after this block."""
-        attn = self.attn
-        img_shift, img_scale, img_gate, img_ff_shift, img_ff_scale, img_ff_gate = self.norm1(vec)
-        txt_shift, txt_scale, txt_gate, txt_ff_shift, txt_ff_scale, txt_ff_gate = self.norm1_context(vec)
+        attn, (img_mod, txt_mod) = self.attn, modulated
+        img_shift, img_scale, img_gate, img_ff_shift, img_ff_scale, img_ff_gate = self.norm1(vec, img_mod)
+        txt_shift, txt_scale, txt_gate, txt_ff_shift, txt_ff_scale, txt_ff_gate = self.norm1_context(vec, txt_mod)
 
         img_in = attn.to_qkv.norm_modulate_quantize(img, img_scale, img_shift)
         txt_in = attn.add_qkv_proj.norm_modulate_quantize(txt, txt_scale, txt_shift)
@@ -150,6 +154,10 @@ class SingleBlock(nn.Module):
         self.ff = FeedForward(f"{name}.ff", hidden_size, layers)
         self._inputs = SharedInput(self.attn.to_qkv, self.ff.up)
 
+    def modulations(self) -> tuple[Modulation, ...]:
+        """The only one."""
+        return (self.norm,)
+
     @offloadable
     def forward(
         self,
@@ -157,9 +165,10 @@ class SingleBlock(nn.Module):
         vec: Tensor,  # (B, hidden)
         rotary: Rotary,  # (L, head_dim) each
         mask: Tensor | None = None,
+        modulated: Sequence[Tensor | None] = (None,),  # of `modulations`, where it is computed already
     ) -> Tensor:
         """The stream after this block."""
-        shift, scale, gate = self.norm(vec)
+        shift, scale, gate = self.norm(vec, *modulated)
         qkv_in, ff_in = self._inputs.norm_modulate_quantize(x, scale, shift)
         attention = self.attn(qkv_in, rotary, mask)
         x = self.attn.to_out.product_gate_residual(self.attn.to_out.quantize(attention), x, gate)

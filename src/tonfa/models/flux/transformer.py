@@ -1,7 +1,7 @@
 """SVDQFluxTransformer2DModel: FLUX's transformer with 4-bit weights behind the interface of Diffusers' own.
 
-Diffusers' modules compute what lies outside of the blocks (embedders, rotary positions, output layer); the blocks are
-those of `blocks.py`. Any FLUX.1 variant that differs by configuration alone runs: dev, schnell, Depth, Canny, Fill,
+Diffusers' modules compute what lies outside of the blocks (embedders, output layer); the blocks are those of
+`blocks.py`. Any FLUX.1 variant that differs by configuration alone runs: dev, schnell, Depth, Canny, Fill,
 Kontext, at any number of tokens.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,19 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor, nn
 
 from tonfa.checkpoint import native
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
-from tonfa.layers.modulation import W4A16Linear
-from tonfa.models.flux.blocks import DoubleBlock, SingleBlock
+from tonfa.layers.modulation import SharedConditioning, W4A16Linear
+from tonfa.models.flux.blocks import DoubleBlock, JointAttention, SingleAttention, SingleBlock
 from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
 from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
+from tonfa.models.flux.rotary import RotaryPositions
+from tonfa.ops.table import parse_attention
 from tonfa.quantize.planned import materialize
 from tonfa.quantize.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
@@ -94,7 +96,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             raise FormatError(f"guidance_embeds is {guidance_embeds!r}, expected true or false")
         _check_axes(axes_dims_rope, attention_head_dim)
 
-        self.pos_embed = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims_rope))
+        self.pos_embed = RotaryPositions(axes_dims_rope)
         embed = CombinedTimestepGuidanceTextProjEmbeddings if guidance_embeds else CombinedTimestepTextProjEmbeddings
         self.time_text_embed = embed(embedding_dim=self.inner_dim, pooled_projection_dim=pooled_projection_dim)
         self.context_embedder = nn.Linear(joint_attention_dim, self.inner_dim)
@@ -112,6 +114,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
         self.requires_grad_(False)
+        self._modulations = SharedConditioning()
         self._graphs = Graphs()
 
     @classmethod
@@ -123,6 +126,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         activations: str | None = None,
+        attention: str = "sdpa",
         subfolder: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -134,14 +138,15 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
 
         A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository.
         `dtype` (or `torch_dtype`) casts scales and 16-bit weights; None keeps the checkpoint's. `activations` is the
-        policy of `set_activations`. Raises CheckpointError, naming file and tensor, for anything that is missing,
-        truncated, misshapen or of another kind, and TypeError for unknown options.
+        policy of `set_activations`, `attention` the choice of `set_attention`. Raises CheckpointError, naming file and
+        tensor, for what is missing, truncated, misshapen or of another kind, and TypeError for unknown options.
         """
         for name, value in options.items():
             if name not in _RESERVED_LOADING_OPTIONS:
                 raise TypeError(f"{cls.__name__}.from_pretrained has no option {name!r}")
             if value not in _RESERVED_LOADING_OPTIONS[name]:
                 raise UnsupportedError(f"{cls.__name__}.from_pretrained does not support {name}={value!r}")
+        parse_attention(attention)
         opened = open_checkpoint(
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -154,7 +159,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         spec = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         source = opened.tensors(spec)
         tensors = native.read(source, spec, opened.where, device=device or "cpu", dtype=dtype or torch_dtype)
-        return model._filled(tensors).set_activations(activations)
+        return model._filled(tensors).set_activations(activations).set_attention(attention)
 
     @classmethod
     def from_dense(
@@ -231,6 +236,32 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
                 layer.set_backend(activations, backend)
         return self
 
+    def set_weights(self, weights: str) -> SVDQFluxTransformer2DModel:
+        """Keep weights in 4 bits alone ("int4", the default), or expanded beside them ("fp8"). Returns the model.
+
+        "fp8" takes 12 GB more for FLUX.1 and saves the pass that expands a layer's weights before each product, on
+        Hopper GPUs with activations="fp8". The outputs are equal. Raises UnsupportedError for another name here, and in
+        the first step where the device has no such form.
+        """
+        for layer in self.modules():
+            if isinstance(layer, SVDQLinear):
+                layer.set_weights(weights)
+        self._graphs.clear()
+        return self
+
+    def set_attention(self, attention: str) -> SVDQFluxTransformer2DModel:
+        """Choose how attention is computed: "sdpa" in 16 bits, "fp8" on GPUs from Hopper on. Returns the model.
+
+        FP8 attention rounds q, k, v, the probabilities and the result to three bits of mantissa; it is left out with a
+        logged reason where a mask is given. Raises UnsupportedError for an unknown name here, and in the first step
+        where the device cannot compute it; `tonfa doctor` says why.
+        """
+        for module in self.modules():
+            if isinstance(module, JointAttention | SingleAttention):
+                module.attention.choose(attention)
+        self._graphs.clear()
+        return self
+
     def set_cuda_graphs(self, enabled: bool) -> SVDQFluxTransformer2DModel:
         """Whether repeated steps of one shape run as CUDA graphs (the default on a GPU). Returns the model.
 
@@ -241,8 +272,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         return self
 
     def set_attention_backend(self, backend: str, *_: Any, **__: Any) -> None:
-        """Not offered: the attention belongs to the kernels chosen for the device."""
-        raise UnsupportedError(f"attention backend {backend!r}: the attention is chosen with the kernels of the device")
+        """Not offered: Diffusers' backends are not used."""
+        raise UnsupportedError(f"attention backend {backend!r}: the attention is chosen by set_attention")
 
     def load_lora_adapter(self, *_: Any, **__: Any) -> None:
         """Not offered yet."""
@@ -301,6 +332,13 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def _embed(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the blocks read of checked inputs: img (B, L_img, hidden), txt (B, L_txt, hidden), vec (B, hidden)."""
+        img = self.x_embedder(inputs["hidden_states"])
+        txt = self.context_embedder(inputs["encoder_hidden_states"])
+        conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
+        return img, txt, self.time_text_embed(*conditions, inputs["pooled_projections"])
+
     def _velocity(
         self,
         inputs: Mapping[str, Tensor],
@@ -310,25 +348,27 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     ) -> Tensor:
         """The forward pass on checked inputs, with ControlNet's samples added after the blocks."""
         mask = inputs.get("mask")
-        img = self.x_embedder(inputs["hidden_states"])
-        txt = self.context_embedder(inputs["encoder_hidden_states"])
-        conditions = [inputs[name].to(img.dtype) * 1000 for name in ("timestep", "guidance") if name in inputs]
-        vec = self.time_text_embed(*conditions, inputs["pooled_projections"])
+        img, txt, vec = self._embed(inputs)
         # The same tensors for all blocks: kernels may keep what they made of them.
-        txt_rotary, img_rotary = (self.pos_embed(inputs[name]) for name in ("txt_ids", "img_ids"))
-        rotary = tuple(torch.cat(pair) for pair in zip(txt_rotary, img_rotary, strict=True))
+        text_length = txt.shape[1]
+        cos, sin = rotary = self.pos_embed(torch.cat((inputs["txt_ids"], inputs["img_ids"])))
+        txt_rotary, img_rotary = (cos[:text_length], sin[:text_length]), (cos[text_length:], sin[text_length:])
+
+        blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
+        modulations = [block.modulations() for block in blocks]
+        joined = iter(self._modulations([m for each in modulations for m in each], vec))
+        modulated = [tuple(islice(joined, len(each))) for each in modulations]
 
         for i, block in enumerate(self.transformer_blocks):
-            img, txt = block(img, txt, vec, img_rotary, txt_rotary, mask)
+            img, txt = block(img, txt, vec, img_rotary, txt_rotary, mask, modulated[i])
             if double_samples is not None:
                 count = len(double_samples)
                 stride = math.ceil(len(self.transformer_blocks) / count)
                 img = img + double_samples[i % count if repeat else i // stride]
 
-        text_length = txt.shape[1]
         x = torch.cat((txt, img), dim=1)
         for i, block in enumerate(self.single_transformer_blocks):
-            x = block(x, vec, rotary, mask)
+            x = block(x, vec, rotary, mask, modulated[len(self.transformer_blocks) + i])
             if single_samples is not None:
                 stride = math.ceil(len(self.single_transformer_blocks) / len(single_samples))
                 x[:, text_length:] += single_samples[i // stride]

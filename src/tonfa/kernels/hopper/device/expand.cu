@@ -1,0 +1,61 @@
+// 4-bit weights to e4m3 in the layout that the product reads (WIDE): the same values that it decodes itself. Written for
+// NVRTC: no headers but ours.
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+#include "asynchronous.cuh"
+#include "decode.cuh"
+
+struct Expand {
+  const uint8_t* qweight;    // (N, K/2)
+  const uint16_t* w_scales;  // (K/64, N)
+  const float* w_inverse;    // (N)
+  uint8_t* out;              // (K/128, N, 128)
+  int n, k, scales_fp16;
+};
+
+// Leaves L2 to what is read again: the expanded weights, by the product that follows.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], policy;\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from));
+  return v;
+}
+
+// Lanes that share a row exchange: lane q gives word w[s] to lane s, and has the words of all four for piece s = q.
+__device__ __forceinline__ uint4 transposed(const uint32_t (&w)[4], int q) {
+  const bool high = q & 2, odd = q & 1;
+  const uint32_t r0 = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[2], 2), r1 = __shfl_xor_sync(0xffffffffu, high ? w[1] : w[3], 2);
+  const uint32_t v0 = high ? r0 : w[0], v1 = high ? r1 : w[1], v2 = high ? w[2] : r0, v3 = high ? w[3] : r1;
+  const uint32_t t0 = __shfl_xor_sync(0xffffffffu, odd ? v0 : v1, 1), t1 = __shfl_xor_sync(0xffffffffu, odd ? v2 : v3, 1);
+  return odd ? make_uint4(t0, v1, t1, v3) : make_uint4(v0, t0, v2, t1);
+}
+
+// A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
+extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__ Expand a) {
+  const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
+  earlier_kernels_done();
+  next_kernel_may_start();
+  if (n - lane / 4 >= a.n) return;  // N is a multiple of 8
+  const float inverse = a.w_inverse[n];
+  const int steps = (a.k + 127) / 128;
+  for (int step = blockIdx.y; step < steps; step += gridDim.y) {
+    const int group = 2 * step + q / 2;
+    const bool inside = group < a.k / 64;
+    uint4 codes = make_uint4(0, 0, 0, 0);
+    float scale = 0.f;
+    if (inside) {
+      codes = load_once(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16);
+      scale = widen(__ldg(a.w_scales + (size_t)group * a.n + n), a.scales_fp16);
+    }
+    const uint4 table = make_table(scale * inverse);
+    uint32_t first[4], second[4];
+    decode(codes.x, table, first[0], second[0]), decode(codes.y, table, first[1], second[1]);
+    decode(codes.z, table, first[2], second[2]), decode(codes.w, table, first[3], second[3]);
+    uint8_t* const to = a.out + ((size_t)step * a.n + n) * 128;
+    *(uint4*)(to + ((2 * q) ^ (n & 7)) * 16) = transposed(first, q);
+    *(uint4*)(to + ((2 * q + 1) ^ (n & 7)) * 16) = transposed(second, q);
+  }
+}
