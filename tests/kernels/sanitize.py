@@ -54,7 +54,7 @@ def ops(kernels: Kernels, device: str) -> Iterator[tuple[str, Callable[[], Tenso
     up = random_weights(INNER, HIDDEN, generator=generator)
     down = random_weights(128, INNER, 48, generator=generator, unsigned=True)
     out = random_weights(200, HIDDEN, generator=generator)
-    modulation = random_modulation(6 * 64, HIDDEN, generator=generator)
+    modulation, other = (random_modulation(n, HIDDEN, generator=generator) for n in (384, 20))
     x = outlier_input(ROWS, HIDDEN, generator)
     scale, shift = (torch.randn(BATCH, HIDDEN, generator=generator).bfloat16() for _ in range(2))
     residual = torch.randn(BATCH, LENGTH, 200, generator=generator).bfloat16()
@@ -62,7 +62,7 @@ def ops(kernels: Kernels, device: str) -> Iterator[tuple[str, Callable[[], Tenso
     norms = (torch.rand(2, 128, generator=generator) + 0.5).bfloat16()
     angles = torch.rand(LENGTH, 64, generator=generator).repeat_interleave(2, dim=1) * 6
     cos, sin = angles.cos(), angles.sin()
-    qkv, up, down, out, modulation = to(device, qkv, up, down, out, modulation)
+    qkv, up, down, out, modulation, other = to(device, qkv, up, down, out, modulation, other)
     x, scale, shift, residual, gate, norms, cos, sin = to(device, x, scale, shift, residual, gate, norms, cos, sin)
 
     def inputs(w: SVDQWeights) -> Any:
@@ -85,10 +85,11 @@ def ops(kernels: Kernels, device: str) -> Iterator[tuple[str, Callable[[], Tenso
         q = kernels.quantize(x, inputs(out))
         return kernels.product_gate_residual(q, kernels.pack_product(out), residual, gate)
 
-    def w4a16() -> Tensor:
-        return kernels.w4a16(x[:BATCH], kernels.pack_w4a16(modulation))
+    def w4a16_group() -> Tensor:
+        packed = [kernels.pack_w4a16(w) for w in (modulation, other)]
+        return torch.cat(kernels.w4a16_group(x[:5], kernels.pack_w4a16_group(packed)), dim=1)
 
-    for op in (norm_modulate_quantize, product_gelu_quantize, product_norm_rope, product_gate_residual, w4a16):
+    for op in (norm_modulate_quantize, product_gelu_quantize, product_norm_rope, product_gate_residual, w4a16_group):
         yield op.__name__, op
 
 
