@@ -28,7 +28,7 @@ from tonfa.checkpoint import native
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
-from tonfa.layers.modulation import SharedConditioning
+from tonfa.layers.modulation import SharedConditioning, W4A16Linear
 from tonfa.models.flux.blocks import DoubleBlock, JointAttention, SingleAttention, SingleBlock
 from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
@@ -232,6 +232,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         for layer in self.modules():
             if isinstance(layer, SVDQLinear):
                 layer.set_activations(activations, backend)
+            elif isinstance(layer, W4A16Linear):
+                layer.set_backend(activations, backend)
         return self
 
     def set_weights(self, weights: str) -> SVDQFluxTransformer2DModel:
