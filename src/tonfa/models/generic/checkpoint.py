@@ -81,15 +81,15 @@ def load_model(
     entries = _entries(config["quantization_config"], model, str(path / native.CONFIG))
     source, expected = TensorFolder(path), _expected(model, entries)
     check(source.spec(), expected, str(path))
+    missing = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in expected]
+    if missing:
+        raise CheckpointError(f"{path}: does not hold {', '.join(missing)}; build the model outside of the meta device")
     tensors = {}
     for name in expected:
         tensors[name] = source.read(name, device)
         check_values(name, tensors[name], str(path))
     replace_linears(model, {entry.name: _empty(entry) for entry in entries})
     model.load_state_dict(tensors, strict=True, assign=True)
-    missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if missing:
-        raise CheckpointError(f"{path}: does not hold {', '.join(missing)}; build the model outside of the meta device")
     return set_activations(model, activations)
 
 
@@ -106,7 +106,9 @@ def _entries(config: Mapping[str, Any], model: nn.Module, where: str) -> list[Li
         found = (linears[name].out_features, linears[name].in_features)
         plan = _entry(name, entry, where)
         if found != (plan.out_features, plan.in_features):
-            raise CheckpointError(f"{where}: {name} is {plan.out_features} x {plan.in_features}, the model's is {found}")
+            raise CheckpointError(
+                f"{where}: {name} is {plan.out_features} x {plan.in_features}, the model's is {found}"
+            )
         reason = reason_against(linears[name], plan.kind, plan.rank or 0)
         if reason is not None:
             raise CheckpointError(f"{where}: {name}: {reason}")

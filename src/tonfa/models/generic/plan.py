@@ -1,7 +1,7 @@
 """The plan of any model: regular expressions on the names of its linears, resolved against the model itself.
 
-Resolved, it is a `tonfa.plan.ModelPlan`, the type that FLUX's plan has: one entry a linear, with its form, its sizes and
-the linear whose input it shares.
+Resolved, it is a `tonfa.plan.ModelPlan`, the type that FLUX's plan has: one entry a linear, with its form, its sizes
+and the linear whose input it shares.
 """
 
 from __future__ import annotations

@@ -148,9 +148,7 @@ def _groups(plan: ModelPlan) -> list[tuple[LinearPlan, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def _rounds(
-    groups: Sequence[tuple[LinearPlan, ...]], limit: int | None
-) -> Iterator[list[tuple[LinearPlan, ...]]]:
+def _rounds(groups: Sequence[tuple[LinearPlan, ...]], limit: int | None) -> Iterator[list[tuple[LinearPlan, ...]]]:
     """Neighboring groups whose moments fit in `limit` bytes together; without a limit, all at once."""
     taken: list[tuple[LinearPlan, ...]] = []
     size = 0
