@@ -107,7 +107,7 @@ def _entries(config: Mapping[str, Any], model: nn.Module, where: str) -> list[Li
         plan = _entry(name, entry, where)
         if found != (plan.out_features, plan.in_features):
             raise CheckpointError(
-                f"{where}: {name} is {plan.out_features} x {plan.in_features}, the model's is {found}"
+                f"{where}: {name} is {plan.out_features} x {plan.in_features}, the model's is {found[0]} x {found[1]}"
             )
         reason = reason_against(linears[name], plan.kind, plan.rank or 0)
         if reason is not None:
