@@ -82,7 +82,7 @@ def test_gptq_follows_the_textbook(device: str) -> None:
         error = (rest[:, j] - expected[:, j] * steps[:, j]) / inverse[j, j]
         rest = rest - torch.outer(error, inverse[j])
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-    moved = Hessian(*(getattr(hessian, f).to(device) for f in ("matrix", "order", "factor", "inverse")))
+    moved = Hessian(*(getattr(hessian, f).to(device) for f in ("matrix", "order", "factor")))
     found = gptq(target.to(device), scales.to(device), moved).cpu()
     assert (found != expected).float().mean() < 0.002
     assert cost(target, decoded(found, scales), hessian) == pytest.approx(

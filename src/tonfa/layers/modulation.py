@@ -62,9 +62,12 @@ class W4A16Linear(BoundModule):
         return Binding(kernels, None, kernels.pack_w4a16(self.weights()), self.qweight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, K) -> (B, N)."""
+        """(..., K) -> (..., N)."""
         bound = self.binding()
-        return bound.kernels.w4a16(x, bound.product_weights)
+        if x.ndim == 2:
+            return bound.kernels.w4a16(x, bound.product_weights)
+        rows = bound.kernels.w4a16(x.reshape(-1, self.in_features), bound.product_weights)
+        return rows.reshape(*x.shape[:-1], self.out_features)
 
 
 class Modulation(nn.Module):

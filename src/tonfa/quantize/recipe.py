@@ -107,14 +107,19 @@ def _quantizer(recipe: Recipe, dtype: torch.dtype) -> Quantizer:
 
 def find_smoothing(
     weights: Sequence[Tensor],  # (N_i, K) float each: all linears that read this input
-    moments: InputMoments,
+    moments: InputMoments | None,
     recipe: Recipe,
     *,
     unsigned: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The smoothing factors (K,) of `dtype` that linears with a common input share."""
+    """The smoothing factors (K,) of `dtype` that linears with a common input share; without moments, of the weights."""
     rows = [w.float() for w in weights]
+    if moments is None:
+        columns = torch.cat(rows).square().mean(dim=0).sqrt()
+        return smoothing(torch.ones_like(columns), columns, 0.0, recipe.column_power, dtype)
+    moments.check(rows[0].shape[1])
+    moments = moments.to(rows[0].device)
     rank, seed, activations = recipe.rank, recipe.seed, recipe.activations
     if recipe.method == "svdquant":
         rounding = _quantizer(recipe, dtype)
@@ -226,16 +231,13 @@ def _smooth_factor(
     dtype: torch.dtype,
     name: str,
 ) -> Tensor:
-    """The factors (K,) of `dtype` that are given, found from the moments, or made from the weight (N, K)."""
+    """The factors (K,) of `dtype` that are given, or found for the weight (N, K) alone."""
     if given is not None:
         stored = given.to(weight.device, dtype)
         if tuple(stored.shape) != (weight.shape[1],) or not bool((torch.isfinite(stored) & (stored > 0)).all()):
             raise FormatError(f"{name}.smooth_factor: expected {weight.shape[1]} positive numbers")
         return stored
-    if moments is not None:
-        return find_smoothing([weight], moments, recipe, unsigned=unsigned, dtype=dtype)
-    columns = weight.square().mean(dim=0).sqrt()
-    return smoothing(torch.ones_like(columns), columns, 0.0, recipe.column_power, dtype)
+    return find_smoothing([weight], moments, recipe, unsigned=unsigned, dtype=dtype)
 
 
 def _export(
