@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
     from tonfa.models.generic.checkpoint import load_model, save_model
     from tonfa.models.generic.plan import LinearRule, Plan
-    from tonfa.models.generic.quantize import quantize_model, set_activations
-    from tonfa.quantize.recipe import Recipe
+    from tonfa.models.generic.quantize import quantize, set_activations
+    from tonfa.quantizer.recipe import Recipe
 
 __all__ = [
     "CheckpointError",
@@ -31,7 +31,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "load_model",
-    "quantize_model",
+    "quantize",
     "save_model",
     "set_activations",
 ]
@@ -39,11 +39,11 @@ __all__ = [
 _LAZY = {
     "LinearRule": "tonfa.models.generic.plan",
     "Plan": "tonfa.models.generic.plan",
-    "Recipe": "tonfa.quantize.recipe",
+    "Recipe": "tonfa.quantizer.recipe",
     "SVDQFluxTransformer2DModel": "tonfa.models.flux.transformer",
     "SVDQLinear": "tonfa.layers.linear",
     "load_model": "tonfa.models.generic.checkpoint",
-    "quantize_model": "tonfa.models.generic.quantize",
+    "quantize": "tonfa.models.generic.quantize",
     "save_model": "tonfa.models.generic.checkpoint",
     "set_activations": "tonfa.models.generic.quantize",
     # A saved pipeline names `tonfa` as the library of its transformer. When Diffusers loads the pipeline again it looks

@@ -28,7 +28,7 @@ NAME = "transformer_blocks.1.ff.net.2"
 
 @pytest.fixture(scope="module")
 def quantized() -> PixArtTransformer2DModel:
-    return tonfa.quantize_model(pixart(), PLAN, recipe=Recipe(rank=16, iterations=0), activations="int8")
+    return tonfa.quantize(pixart(), PLAN, recipe=Recipe(rank=16, iterations=0), activations="int8")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_models_of_no_library(tmp_path: Path) -> None:
         return nn.Sequential(nn.Linear(64, 64, bias=False), nn.SiLU(), nn.Linear(64, 10))
 
     torch.manual_seed(0)
-    model = tonfa.quantize_model(made(), Plan(("0",)), recipe=Recipe(16))
+    model = tonfa.quantize(made(), Plan(("0",)), recipe=Recipe(16))
     tonfa.save_model(model, tmp_path / "model")
     with torch.device("meta"):
         found = made()

@@ -35,12 +35,12 @@ def dense() -> PixArtTransformer2DModel:
 
 @pytest.fixture(scope="module")
 def data_free(dense: PixArtTransformer2DModel) -> PixArtTransformer2DModel:
-    return tonfa.quantize_model(copy.deepcopy(dense), PIXART_PLAN, recipe=RECIPE)
+    return tonfa.quantize(copy.deepcopy(dense), PIXART_PLAN, recipe=RECIPE)
 
 
 @pytest.fixture(scope="module")
 def calibrated(dense: PixArtTransformer2DModel) -> PixArtTransformer2DModel:
-    return tonfa.quantize_model(copy.deepcopy(dense), PIXART_PLAN, iter(SAMPLES), recipe=RECIPE)
+    return tonfa.quantize(copy.deepcopy(dense), PIXART_PLAN, iter(SAMPLES), recipe=RECIPE)
 
 
 def held_out(model: nn.Module) -> Tensor:
@@ -87,7 +87,7 @@ def test_without_activation_rounding_it_is_the_dense_model_of_its_weights(
 def test_bfloat16_models_stay_bfloat16() -> None:
     model = pixart(torch.bfloat16)
     exact = output(model, 100, torch.bfloat16)
-    tonfa.quantize_model(model, PIXART_PLAN, recipe=RECIPE, activations="int8")
+    tonfa.quantize(model, PIXART_PLAN, recipe=RECIPE, activations="int8")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
     assert relative_error(output(model, 100, torch.bfloat16), exact) < 0.06
 
@@ -164,7 +164,7 @@ def test_detection_agrees_with_the_plan_of_flux() -> None:
 
 def test_named_sharing_equals_detected(dense: nn.Module, calibrated: nn.Module) -> None:
     plan = Plan((ATTENTION,), shared_inputs=(rf"({BLOCK}\.attn1)\..*",), detect_shared=False)
-    model = tonfa.quantize_model(copy.deepcopy(dense), plan, SAMPLES, recipe=RECIPE)
+    model = tonfa.quantize(copy.deepcopy(dense), plan, SAMPLES, recipe=RECIPE)
     name = "transformer_blocks.1.attn1.to_k"
     for field, tensor in model.get_submodule(name).state_dict().items():
         assert torch.equal(tensor, calibrated.get_submodule(name).state_dict()[field])
@@ -173,7 +173,7 @@ def test_named_sharing_equals_detected(dense: nn.Module, calibrated: nn.Module) 
 def test_columns_without_data_are_those_of_all_that_share(dense: nn.Module) -> None:
     plan = Plan((ATTENTION,), shared_inputs=(rf"({BLOCK}\.attn1)\..*",))
     recipe = replace(RECIPE, column_power=0.5, iterations=0)
-    model = tonfa.quantize_model(copy.deepcopy(dense), plan, recipe=recipe)
+    model = tonfa.quantize(copy.deepcopy(dense), plan, recipe=recipe)
     both = dense.get_submodule("transformer_blocks.0.attn1")
     columns = torch.cat([both.to_q.weight, both.to_k.weight, both.to_v.weight]).square().mean(dim=0).sqrt()
     for linear in ("to_q", "to_k", "to_v"):
@@ -184,7 +184,7 @@ def test_columns_without_data_are_those_of_all_that_share(dense: nn.Module) -> N
 def test_rounds_do_not_change_the_result(dense: nn.Module) -> None:
     plan = Plan((rf"{BLOCK}\.ff\.net\.0\.proj",))
     whole, rounds = (
-        tonfa.quantize_model(copy.deepcopy(dense), plan, SAMPLES[:2], recipe=RECIPE, moments_limit=limit)
+        tonfa.quantize(copy.deepcopy(dense), plan, SAMPLES[:2], recipe=RECIPE, moments_limit=limit)
         for limit in (2**30, 1)
     )
     for name, tensor in whole.state_dict().items():
@@ -193,7 +193,7 @@ def test_rounds_do_not_change_the_result(dense: nn.Module) -> None:
 
 def test_modulations_and_ranks_by_rule(dense: nn.Module) -> None:
     plan = Plan((LinearRule(r"adaln_single\.linear", kind="w4a16"), LinearRule(ATTENTION, rank=32)))
-    model = tonfa.quantize_model(copy.deepcopy(dense), plan, recipe=RECIPE, activations="int8")
+    model = tonfa.quantize(copy.deepcopy(dense), plan, recipe=RECIPE, activations="int8")
     assert isinstance(model.get_submodule("adaln_single.linear"), W4A16Linear)
     assert model.get_submodule("transformer_blocks.0.attn1.to_q").rank == 32
     assert relative_error(held_out(model), held_out(dense)) < 0.05
@@ -201,7 +201,7 @@ def test_modulations_and_ranks_by_rule(dense: nn.Module) -> None:
 
 def test_w4a16_takes_leading_dimensions() -> None:
     model = nn.Sequential(nn.Linear(64, 48))
-    tonfa.quantize_model(model, Plan((LinearRule("0", kind="w4a16"),)))
+    tonfa.quantize(model, Plan((LinearRule("0", kind="w4a16"),)))
     x = torch.randn(2, 3, 64)
     assert torch.equal(model(x), torch.stack([model(row) for row in x]))
 
@@ -209,7 +209,7 @@ def test_w4a16_takes_leading_dimensions() -> None:
 def test_a_linear_with_two_names_is_replaced_in_both_places() -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 64)})
     model["b"] = model["a"]
-    tonfa.quantize_model(model, Plan(("a",)), recipe=RECIPE)
+    tonfa.quantize(model, Plan(("a",)), recipe=RECIPE)
     assert isinstance(model["b"], SVDQLinear)
     assert model["a"] is model["b"]
 
@@ -221,7 +221,7 @@ def test_modes_are_put_back_and_dropout_is_off_while_calibrating() -> None:
     x = torch.randn(200, 64)
     seen: list[Tensor] = []
     handle = model[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    tonfa.quantize_model(model, Plan(("1",)), [((x,), {})], recipe=RECIPE)
+    tonfa.quantize(model, Plan(("1",)), [((x,), {})], recipe=RECIPE)
     handle.remove()
     assert [m.training for m in model] == [True, True, False]
     assert all(torch.equal(s, x) for s in seen)
@@ -233,12 +233,12 @@ ODD = {"fits": nn.Linear(64, 64), "odd": nn.Linear(72, 64), "thin": nn.Linear(64
 def test_sizes_that_do_not_fit_are_named_or_skipped(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.ModuleDict(copy.deepcopy(ODD))
     with pytest.raises(FormatError, match=r"odd: its 72 input channels are no multiple of the group size 64"):
-        tonfa.quantize_model(model, Plan((".*",)), recipe=RECIPE)
+        tonfa.quantize(model, Plan((".*",)), recipe=RECIPE)
     with pytest.raises(FormatError, match=r"thin: rank 16 exceeds the smaller side of 8 x 64"):
-        tonfa.quantize_model(model, Plan((".*",), exclude=("odd",)), recipe=RECIPE)
+        tonfa.quantize(model, Plan((".*",), exclude=("odd",)), recipe=RECIPE)
     assert all(type(m) is nn.Linear for m in model.values())
     with caplog.at_level(logging.WARNING, "tonfa"):
-        tonfa.quantize_model(model, Plan((".*",), skip_unsupported=True), recipe=RECIPE)
+        tonfa.quantize(model, Plan((".*",), skip_unsupported=True), recipe=RECIPE)
     assert [type(m) for m in model.values()] == [SVDQLinear, nn.Linear, nn.Linear]
     assert [r.getMessage().partition(" ")[0] for r in caplog.records] == ["odd", "thin"]
 
@@ -246,7 +246,7 @@ def test_sizes_that_do_not_fit_are_named_or_skipped(caplog: pytest.LogCaptureFix
 def test_linears_that_are_read_without_a_call_are_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(64, 1))
     with pytest.raises(FormatError, match=r"0\.out_proj: its owner reads its weight"):
-        tonfa.quantize_model(model, Plan((".*",)), recipe=RECIPE)
+        tonfa.quantize(model, Plan((".*",)), recipe=RECIPE)
 
 
 def spoil_weight(model: nn.Module, samples: list[tuple[tuple[Tensor, ...], dict[str, object]]]) -> None:
@@ -269,27 +269,27 @@ def test_nan_and_inf_are_named_and_the_model_stays(spoil: Callable[..., None], m
     spoil(model, samples)
     plan = Plan((r"transformer_blocks\.0\.attn1\.to_q", r"transformer_blocks\.1\.attn1\.to_k"))
     with pytest.raises(FormatError, match=message):
-        tonfa.quantize_model(model, plan, samples if spoil is spoil_input else None, recipe=RECIPE)
+        tonfa.quantize(model, plan, samples if spoil is spoil_input else None, recipe=RECIPE)
     assert not any(isinstance(m, SVDQLinear) for m in model.modules())
 
 
 def test_unsigned_needs_the_output_of_a_gelu(dense: nn.Module) -> None:
     plan = Plan((LinearRule(r"transformer_blocks\.0\.attn1\.to_q", unsigned=True),))
     with pytest.raises(FormatError, match=r"attn1\.to_q: its inputs fall to -.*must not say unsigned"):
-        tonfa.quantize_model(copy.deepcopy(dense), plan, SAMPLES[:1], recipe=RECIPE)
+        tonfa.quantize(copy.deepcopy(dense), plan, SAMPLES[:1], recipe=RECIPE)
 
 
 def test_a_linear_that_no_input_reaches_is_named() -> None:
     model = nn.ModuleDict({"used": nn.Linear(64, 64), "idle": nn.Linear(64, 64)})
     model.forward = lambda x: model["used"](x)
     with pytest.raises(FormatError, match="idle: no calibration input has reached it"):
-        tonfa.quantize_model(model, Plan((".*",)), [((torch.randn(9, 64),), {})], recipe=RECIPE)
+        tonfa.quantize(model, Plan((".*",)), [((torch.randn(9, 64),), {})], recipe=RECIPE)
 
 
 def test_sharing_that_is_not_so_is_refused(dense: nn.Module) -> None:
     plan = Plan((rf"{BLOCK}\.attn2\.to_[qkv]",), shared_inputs=(rf"({BLOCK}\.attn2)\..*",))
     with pytest.raises(FormatError, match=r"attn2\.to_k: does not read the input of .*\.0\.attn2\.to_q"):
-        tonfa.quantize_model(copy.deepcopy(dense), plan, SAMPLES[:1], recipe=RECIPE)
+        tonfa.quantize(copy.deepcopy(dense), plan, SAMPLES[:1], recipe=RECIPE)
 
 
 @pytest.mark.parametrize(
@@ -305,20 +305,20 @@ def test_sharing_that_is_not_so_is_refused(dense: nn.Module) -> None:
 )
 def test_plans_that_mean_nothing_are_refused(plan: Callable[[], Plan], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        tonfa.quantize_model(nn.ModuleDict(ODD), plan(), recipe=RECIPE)
+        tonfa.quantize(nn.ModuleDict(ODD), plan(), recipe=RECIPE)
 
 
 @pytest.mark.parametrize("inputs", [[], [torch.zeros(2)], [((torch.zeros(2),), None)]])
 def test_inputs_that_are_no_samples_are_refused(inputs: list[object]) -> None:
     with pytest.raises(FormatError, match="inputs: "):
-        tonfa.quantize_model(nn.ModuleDict(ODD), Plan(("fits",)), inputs, recipe=RECIPE)
+        tonfa.quantize(nn.ModuleDict(ODD), Plan(("fits",)), inputs, recipe=RECIPE)
 
 
 def test_a_plan_of_single_linears_is_taken_as_it_is_and_fluxs_is_not(dense: nn.Module, data_free: nn.Module) -> None:
     name = "transformer_blocks.0.attn1.to_q"
     plan = ModelPlan((BlockPlan("one", (LinearPlan(name, (name,), 128, 128),)),))
-    model = tonfa.quantize_model(copy.deepcopy(dense), plan, recipe=RECIPE)
+    model = tonfa.quantize(copy.deepcopy(dense), plan, recipe=RECIPE)
     layer = model.get_submodule(name)
     assert torch.equal(layer.qweight, data_free.get_submodule(name).qweight)
     with pytest.raises(UnsupportedError, match="stacks or cuts"):
-        tonfa.quantize_model(copy.deepcopy(dense), flux_plan(FluxDims(128, 1, 0, False)), recipe=RECIPE)
+        tonfa.quantize(copy.deepcopy(dense), flux_plan(FluxDims(128, 1, 0, False)), recipe=RECIPE)

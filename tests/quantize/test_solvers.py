@@ -10,12 +10,12 @@ from torch import Tensor
 
 from support import DEVICES, relative_error
 from tonfa.errors import FormatError
-from tonfa.quantize.gptq import gptq
-from tonfa.quantize.hessian import Hessian, factor_hessian
-from tonfa.quantize.lowrank import low_rank
-from tonfa.quantize.refine import refine
-from tonfa.quantize.residual import nearest, search_scales
-from tonfa.quantize.whitened import whitened_low_rank
+from tonfa.quantizer.gptq import gptq
+from tonfa.quantizer.hessian import Hessian, factor_hessian
+from tonfa.quantizer.lowrank import low_rank
+from tonfa.quantizer.refine import refine
+from tonfa.quantizer.residual import nearest, search_scales
+from tonfa.quantizer.whitened import whitened_low_rank
 
 
 def second_moments(k: int, seed: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from support import relative_error
 from tonfa.kernels.triton.descent_columns import descent_columns
 from tonfa.kernels.triton.gptq_columns import gptq_columns
-from tonfa.quantize import columns as loops
+from tonfa.quantizer import columns as loops
 
 
 def problem(n: int, columns: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,8 +35,8 @@ from tonfa.models.flux.layers import layers_of
 from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
 from tonfa.models.flux.rotary import RotaryPositions
 from tonfa.ops.table import parse_attention
-from tonfa.quantize.planned import materialize
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.planned import materialize
+from tonfa.quantizer.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
 
 _RESERVED_LOADING_OPTIONS = {

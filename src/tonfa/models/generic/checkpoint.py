@@ -26,7 +26,7 @@ from tonfa.layers.modulation import W4A16Linear
 from tonfa.models.generic.plan import linears_of, reason_against
 from tonfa.models.generic.quantize import Model, QuantizedLayer, replace_linears, set_activations
 from tonfa.plan import LinearPlan
-from tonfa.quantize.planned import planned_spec
+from tonfa.quantizer.planned import planned_spec
 
 LINEARS = "linears"
 
@@ -52,7 +52,7 @@ def save_model(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> None:
-    """Write a model that `quantize_model` made, whole or not at all. A Diffusers model's configuration is kept too.
+    """Write a model that `quantize` made, whole or not at all. A Diffusers model's configuration is kept too.
 
     Raises UnsupportedError for a model without 4-bit linears, CheckpointError for a folder that is taken.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tonfa.errors import FormatError
 from tonfa.formats import GELU_SHIFT
-from tonfa.quantize.moments import InputMoments
+from tonfa.quantizer.moments import InputMoments
 from tonfa.weights import FLOAT_DTYPES
 
 Sample = tuple[Sequence[Any], Mapping[str, Any]]

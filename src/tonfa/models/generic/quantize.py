@@ -22,9 +22,9 @@ from tonfa.models.generic.inputs import Sample, check_samples, gather_moments, s
 from tonfa.models.generic.plan import Plan, ResolvedPlan, linears_of, resolve, with_shared
 from tonfa.ops.activation import parse_activations
 from tonfa.plan import LinearPlan, ModelPlan
-from tonfa.quantize.modulation import quantize_modulation
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.recipe import Recipe, find_smoothing, quantize_linear
+from tonfa.quantizer.modulation import quantize_modulation
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.recipe import Recipe, find_smoothing, quantize_linear
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ MOMENTS_LIMIT = 4 * 2**30
 """Bytes of second moments that are held at once; one input alone may exceed it (FLUX's widest takes 0.6 GB)."""
 
 
-def quantize_model(
+def quantize(
     model: Model,
     plan: Plan | ModelPlan,
     inputs: Iterable[Sample] | None = None,

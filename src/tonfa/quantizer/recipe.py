@@ -25,16 +25,16 @@ from torch import Tensor
 from tonfa.errors import FormatError, UnsupportedError
 from tonfa.formats import GELU_SHIFT, INT4
 from tonfa.ops.activation import Activations, parse_activations
-from tonfa.quantize.calibrated import calibrate
-from tonfa.quantize.checks import check_linear
-from tonfa.quantize.gptq import gptq
-from tonfa.quantize.hessian import smoothed_hessian
-from tonfa.quantize.judge import Judge
-from tonfa.quantize.learned import learn_smoothing
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.residual import absmax_scales, nearest, quantize_residual
-from tonfa.quantize.smoothing import SEARCH_TOKENS, search_smoothing, smoothing
-from tonfa.quantize.split import Quantizer, Split, alternate
+from tonfa.quantizer.calibrated import calibrate
+from tonfa.quantizer.checks import check_linear
+from tonfa.quantizer.gptq import gptq
+from tonfa.quantizer.hessian import smoothed_hessian
+from tonfa.quantizer.judge import Judge
+from tonfa.quantizer.learned import learn_smoothing
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.residual import absmax_scales, nearest, quantize_residual
+from tonfa.quantizer.smoothing import SEARCH_TOKENS, search_smoothing, smoothing
+from tonfa.quantizer.split import Quantizer, Split, alternate
 from tonfa.weights import SVDQWeights
 
 DEFAULT_RANK = 32

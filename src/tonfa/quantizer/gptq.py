@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tonfa.formats import GROUP_SIZE
-from tonfa.quantize.columns import code_columns
-from tonfa.quantize.hessian import Hessian
+from tonfa.quantizer.columns import code_columns
+from tonfa.quantizer.hessian import Hessian
 
 BLOCK = 128
 

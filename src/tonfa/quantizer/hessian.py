@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tonfa.errors import FormatError
-from tonfa.quantize.moments import InputMoments
+from tonfa.quantizer.moments import InputMoments
 
 DAMPING = 0.01
 """Of the mean diagonal, added to the diagonal: GPTQ's."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tonfa.formats import GROUP_SIZE
-from tonfa.quantize.columns import recode_columns
-from tonfa.quantize.hessian import Hessian
+from tonfa.quantizer.columns import recode_columns
+from tonfa.quantizer.hessian import Hessian
 
 
 def _rescale(codes: Tensor, step: Tensor, gradient: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
