@@ -30,11 +30,11 @@ from error import output
 from tonfa.bench.protocol import Timing, append, record, results_file
 from tonfa.models.flux.plan import FluxDims, flux_plan
 from tonfa.plan import LinearPlan
-from tonfa.quantize import calibrated, recipe, split
-from tonfa.quantize.lowrank import COLD_ITERATIONS, OVERSAMPLING, WARM_ITERATIONS
-from tonfa.quantize.modulation import quantize_modulation
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.recipe import Recipe, find_smoothing, quantize_linear
+from tonfa.quantizer import calibrated, recipe, split
+from tonfa.quantizer.lowrank import COLD_ITERATIONS, OVERSAMPLING, WARM_ITERATIONS
+from tonfa.quantizer.modulation import quantize_modulation
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.recipe import Recipe, find_smoothing, quantize_linear
 from tonfa.weights import SVDQWeights
 
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
