@@ -6,6 +6,7 @@ import re
 import shlex
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import tonfa
 from tiny_models import save_tiny_depth_model, save_tiny_pipeline
 from tonfa.cli.app import app
 
@@ -82,6 +84,17 @@ def test_script_of_one_linear() -> None:
     code = replaced(script("SVDQLinear"), {"256, 3072": "8, 3072", "3072": "256"})
     exec(compile(code, "README.md", "exec"), names)
     assert 0 < names["error"] < 0.12
+
+
+def test_script_of_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(script("tonfa.quantize("), "README.md", "exec"), names)
+    dense = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))
+    loaded = tonfa.load_model(dense, "small-int4")
+    x = torch.randn(5, 128)
+    assert torch.equal(loaded(x), names["model"](x)) and names["model"](x).std() > 0
 
 
 def commands() -> list[list[str]]:
