@@ -104,7 +104,9 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/checkpoint.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/checkpoint.md", "docs/method.md", "docs/any-model.md"]
+)
 def test_files_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     links = [link.partition("#")[0] for link in re.findall(r"\]\((?!http|#)(.*?)\)", text)]
