@@ -118,7 +118,17 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/checkpoint.md", "docs/evaluation.md", "docs/commands.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/checkpoint.md",
+        "docs/evaluation.md",
+        "docs/commands.md",
+        "docs/hopper.md",
+        "docs/method.md",
+        "docs/any-model.md",
+    ],
 )
 def test_files_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()
