@@ -18,8 +18,8 @@ from tonfa.formats import INT4, INT8
 from tonfa.models.flux.plan import flux_dims, flux_plan
 from tonfa.ops.activation import Activations
 from tonfa.plan import LinearPlan
-from tonfa.quantize.judge import quantized_input, widened
-from tonfa.quantize.modulation import quantize_modulation
+from tonfa.quantizer.judge import quantized_input, widened
+from tonfa.quantizer.modulation import quantize_modulation
 
 BRACKETS = ("rtn", "nf4-weight-only", "int8-w8a8")
 # The quantiles of a normal distribution that QLoRA's NF4 uses (arXiv 2305.14314, appendix E).

@@ -26,8 +26,8 @@ from synthetic import KINDS, STRUCTURED, Kind, Layer, make_layer
 from tonfa.bench.protocol import append, error_record, results_file
 from tonfa.ops import product, quantize
 from tonfa.ops.activation import Activations, InputWeights
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.recipe import RECIPES, Recipe, quantize_linear
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.recipe import RECIPES, Recipe, quantize_linear
 from tonfa.weights import SVDQWeights
 
 CALIBRATION_TOKENS = 8192

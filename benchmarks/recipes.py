@@ -30,7 +30,7 @@ from tonfa.evaluate.problems import read_problems
 from tonfa.evaluate.statistics import ratio_interval
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.ops.activation import Activations
-from tonfa.quantize.recipe import RECIPES
+from tonfa.quantizer.recipe import RECIPES
 
 DATA_FREE = {"svdquant-data-free": RECIPES["svdquant"], "tonfa-data-free": RECIPES["tonfa"]}
 NOISE = "float32"

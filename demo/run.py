@@ -26,8 +26,8 @@ from tonfa.checkpoint.tensors import TensorFolder, read_json
 from tonfa.cli.pipeline import Placement, describe_transformer, quieten_libraries
 from tonfa.evaluate.sheet import GAIN, Row, contact_sheet, difference
 from tonfa.models.flux.plan import FluxDims, flux_plan
-from tonfa.quantize.recipe import Recipe
-from tonfa.quantize.stream import quantize_checkpoint
+from tonfa.quantizer.recipe import Recipe
+from tonfa.quantizer.stream import quantize_checkpoint
 
 HERE = Path(__file__).resolve().parent
 TEXT_LENGTH = 64  # tokens; the captions fit, and the model was trained with this length

@@ -8,6 +8,7 @@ import torch
 from tonfa import dispatch
 from tonfa.errors import UnsupportedError
 from tonfa.kernels.attention import choices
+from tonfa.kernels.cuda import compiler, launch
 from tonfa.ops.activation import ACTIVATIONS
 from tonfa.ops.table import ATTENTIONS, OPS
 
@@ -89,6 +90,8 @@ def test_default_policy_of_each_gpu(
     capability: tuple[int, int], activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for module in (compiler, launch):
+        monkeypatch.setattr(module, "problem", lambda: None)
     assert dispatch.default_activations(torch.device("cuda")) == activations
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import tonfa
 from tiny_models import save_tiny_depth_model, save_tiny_pipeline
 from tonfa.cli.app import app
 
@@ -84,6 +86,17 @@ def test_script_of_one_linear() -> None:
     assert 0 < names["error"] < 0.12
 
 
+def test_script_of_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(script("tonfa.quantize("), "README.md", "exec"), names)
+    dense = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))
+    loaded = tonfa.load_model(dense, "small-int4")
+    x = torch.randn(5, 128)
+    assert torch.equal(loaded(x), names["model"](x)) and names["model"](x).std() > 0
+
+
 def commands() -> list[list[str]]:
     lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("tonfa ")]
@@ -105,7 +118,17 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/checkpoint.md", "docs/evaluation.md", "docs/commands.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/checkpoint.md",
+        "docs/evaluation.md",
+        "docs/commands.md",
+        "docs/hopper.md",
+        "docs/method.md",
+        "docs/any-model.md",
+    ],
 )
 def test_files_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text()

@@ -1,4 +1,4 @@
-"""SVDQuant 4-bit FLUX transformers for Diffusers.
+"""SVDQuant 4-bit weights for FLUX transformers in Diffusers, and for the linears of any other model.
 
 Public names are imported when they are first used: `import tonfa` loads neither PyTorch nor Diffusers and needs no GPU.
 """
@@ -14,20 +14,38 @@ from tonfa.version import __version__
 if TYPE_CHECKING:
     from tonfa.layers.linear import SVDQLinear
     from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
+    from tonfa.models.generic.checkpoint import load_model, save_model
+    from tonfa.models.generic.plan import LinearRule, Plan
+    from tonfa.models.generic.quantize import quantize, set_activations
+    from tonfa.quantizer.recipe import Recipe
 
 __all__ = [
     "CheckpointError",
     "FormatError",
+    "LinearRule",
+    "Plan",
+    "Recipe",
     "SVDQFluxTransformer2DModel",
     "SVDQLinear",
     "TonfaError",
     "UnsupportedError",
     "__version__",
+    "load_model",
+    "quantize",
+    "save_model",
+    "set_activations",
 ]
 
 _LAZY = {
+    "LinearRule": "tonfa.models.generic.plan",
+    "Plan": "tonfa.models.generic.plan",
+    "Recipe": "tonfa.quantizer.recipe",
     "SVDQFluxTransformer2DModel": "tonfa.models.flux.transformer",
     "SVDQLinear": "tonfa.layers.linear",
+    "load_model": "tonfa.models.generic.checkpoint",
+    "quantize": "tonfa.models.generic.quantize",
+    "save_model": "tonfa.models.generic.checkpoint",
+    "set_activations": "tonfa.models.generic.quantize",
     # A saved pipeline names `tonfa` as the library of its transformer. When Diffusers loads the pipeline again it looks
     # for its own base classes as attributes of that library, to learn which methods save and load the component.
     "ModelMixin": "diffusers",

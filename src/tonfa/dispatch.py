@@ -6,6 +6,7 @@ of its `quantize` and `product`. `report` lists what can run on a device and why
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -29,6 +30,8 @@ from tonfa.ops.table import AUTO, OPS, AttentionKernels, Backend, parse_attentio
 
 BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, cuda.BACKEND, hopper.BACKEND, triton.BACKEND, reference.BACKEND)
 """In order of preference."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,14 @@ class Availability:
 
 
 def default_activations(device: torch.device) -> Activations:
-    """The policy that is taken where the user names none: the fastest that the device computes natively."""
+    """The policy that is taken where the user names none: the fastest that can be computed natively here."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability in ((8, 0), (8, 6), (8, 9)):
-            return "int4"
+        if capability in cuda.NATIVE:
+            lacking = cuda.BACKEND.missing()
+            if lacking is None:
+                return "int4"
+            _warn_once(f"activations are quantized to int8 instead of int4 on {device}: {lacking}")
         return "fp8" if capability >= (9, 0) else "int8"
     return "int8"
 
@@ -84,6 +90,11 @@ def _reason_against(backend: Backend, device: torch.device, activations: Activat
     if activations not in backend.activations:
         return f"activations={activations!r} is not among its {', '.join(backend.activations)}"
     return backend.reason_against(device, activations)
+
+
+@lru_cache(maxsize=32)
+def _warn_once(text: str) -> None:
+    _logger.warning(text)
 
 
 def _complete(name: str, activations: Activations, kernels: Mapping[str, Callable[..., Any]]) -> Kernels:
@@ -119,7 +130,7 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
     names = [b.name for b in BACKENDS]
     if backend is not None and backend not in names:
         raise UnsupportedError(f"backend={backend!r} is unknown; choose one of {', '.join(names)}")
-    reasons = []
+    reasons, lacking = [], []
     for candidate in BACKENDS:
         if backend is not None and candidate.name != backend:
             continue
@@ -127,6 +138,12 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
         if reason is None and backend is None:
             reason = candidate.reason_to_wait(device)
         if reason is None:
+            reason = candidate.missing()
+            lacking += [reason] if reason else []
+        if reason is None:
+            if lacking:
+                tried = "; ".join(lacking)
+                _warn_once(f"activations={policy!r} on {device}: backend {candidate.name} computes, because {tried}")
             return _kernels(candidate, policy)
         reasons.append(f"{candidate.name}: {reason}")
     raise UnsupportedError(f"nothing computes activations={activations!r} on {device}: " + "; ".join(reasons))
@@ -152,7 +169,7 @@ def report(device: torch.device, activations: str) -> list[Availability]:
     policy = parse_activations(activations)
     rows = []
     for backend in BACKENDS:
-        reason = _reason_against(backend, device, policy) or backend.reason_to_wait(device)
+        reason = _reason_against(backend, device, policy) or backend.reason_to_wait(device) or backend.missing()
         present = set() if reason else set(backend.table(policy))
         for op in OPS:
             note = reason or ("kernel" if op in present else "composed of other ops")

@@ -134,7 +134,7 @@ def test_wrong_values_are_named(tonfa, depth_pipeline: Path, tmp_path: Path) -> 
 def test_interrupted_then_repeated(
     tonfa, depth_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tonfa.quantize import build
+    from tonfa.quantizer import build
 
     whole = tonfa("quantize", depth_pipeline, "--out", tmp_path / "whole", "--iterations", 1)
     assert whole.exit_code == 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tonfa import SVDQFluxTransformer2DModel
 from tonfa.checkpoint import nunchaku_layout as layout
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 TINY = Path(__file__).parents[1] / "data" / "svdq-int4_r32-tiny.safetensors"
 DENSE = "diffusion_pytorch_model.safetensors"

@@ -19,8 +19,8 @@ from torch import Tensor
 from tonfa.cli import calibration as cli
 from tonfa.models.flux import calibration as flux_calibration
 from tonfa.models.flux.sampling import Picture, Schedule, draw
-from tonfa.quantize import build, learned, smoothing
-from tonfa.quantize.samples import Samples
+from tonfa.quantizer import build, learned, smoothing
+from tonfa.quantizer.samples import Samples
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = ("--size", 128, "--steps", 4, "--samples", 32, "--rank", 16)

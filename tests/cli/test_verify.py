@@ -10,7 +10,7 @@ from lite_models import quantized_modules, save_lite
 from safetensors.torch import load_file, save_file
 
 from tonfa import SVDQFluxTransformer2DModel
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 TINY = Path(__file__).parents[1] / "data" / "svdq-int4_r32-tiny.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

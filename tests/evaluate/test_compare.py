@@ -24,7 +24,7 @@ from tonfa.evaluate.problems import Problem
 from tonfa.evaluate.similarity import psnr, to_unit
 from tonfa.evaluate.trajectory import recorded, velocity_errors
 from tonfa.models.flux.plan import flux_dims, flux_plan
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 SETTINGS = Settings(height=32, width=48, steps=3, guidance=4.0, max_sequence_length=16, batch_size=2)
 

@@ -19,7 +19,7 @@ from tonfa.ops.activation import ScaledFP8
 from tonfa.ops.attention_fp8 import Exponents, QuantizedHeads
 from tonfa.ops.fused import Projection
 from tonfa.ops.table import AttentionKernels
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 CPU = torch.device("cpu")
 

@@ -51,6 +51,16 @@ def test_channels_must_fit_groups() -> None:
         W4A16Linear(100, 64)
 
 
+def test_a_backend_can_be_named(generator: torch.Generator) -> None:
+    linear = W4A16Linear(64, 64)
+    linear.load_state_dict(random_modulation(64, 64, generator=generator).tensors())
+    default = linear.binding().kernels
+    linear.set_backend("int4", "reference")
+    assert (linear.binding().kernels.backend, linear.binding().kernels.activations) == ("reference", "int4")
+    linear.set_backend("none", None)
+    assert linear.binding().kernels is default
+
+
 def modulations(generator: torch.Generator, device: str = "cpu", count: int = 3) -> list[Modulation]:
     made = []
     for i in range(count):

@@ -24,7 +24,7 @@ from flux_models import dense_model
 
 from tonfa import SVDQFluxTransformer2DModel
 from tonfa.models.flux.export import export, read_quantized
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 CONTAINERS = ("native", "sharded", "legacy", "single")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -22,8 +22,8 @@ from tonfa.checkpoint import nunchaku_layout as layout
 from tonfa.formats import INT4, UINT4
 from tonfa.ops import product, quantize, w4a16
 from tonfa.ops.activation import InputWeights, QuantizedActivation
-from tonfa.quantize.modulation import quantize_modulation
-from tonfa.quantize.recipe import Recipe, quantize_linear
+from tonfa.quantizer.modulation import quantize_modulation
+from tonfa.quantizer.recipe import Recipe, quantize_linear
 from tonfa.weights import SVDQWeights, W4A16Weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -22,7 +22,7 @@ from tonfa.layers.bound import BoundModule
 from tonfa.layers.stacked import StackedLinear
 from tonfa.models.flux.export import export, read_quantized
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 TINY = DATA / "svdq-int4_r32-tiny.safetensors"
 SHARED = ("branch", "smoothing", "nothing")

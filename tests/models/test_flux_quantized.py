@@ -18,7 +18,7 @@ from tonfa.layers.bound import BoundModule
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import SharedConditioning, W4A16Linear
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 RECIPE = Recipe(rank=32, iterations=2)
 

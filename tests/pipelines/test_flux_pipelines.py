@@ -24,7 +24,7 @@ from PIL import Image
 from support import DEVICES, relative_error
 from tiny_models import flux_scheduler, tiny_vae
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 NO_TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 TEXT = {"prompt_embeds": (1, 13, 32), "pooled_prompt_embeds": (1, 24)}

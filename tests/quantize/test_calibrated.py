@@ -14,9 +14,9 @@ from tonfa.errors import FormatError, UnsupportedError
 from tonfa.formats import GELU_SHIFT, INT4
 from tonfa.ops import product, quantize
 from tonfa.ops.activation import InputWeights
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.recipe import RECIPES, Recipe, find_smoothing, named_recipe, quantize_linear
-from tonfa.quantize.smoothing import candidates
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.recipe import RECIPES, Recipe, find_smoothing, named_recipe, quantize_linear
+from tonfa.quantizer.smoothing import candidates
 from tonfa.weights import SVDQWeights
 
 K, N, RANK = 256, 192, 16

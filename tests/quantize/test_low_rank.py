@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from support import DEVICES, relative_error
-from tonfa.quantize import lowrank
-from tonfa.quantize.lowrank import low_rank
+from tonfa.quantizer import lowrank
+from tonfa.quantizer.lowrank import low_rank
 
 
 def decaying(n: int, k: int, seed: int = 0) -> Tensor:

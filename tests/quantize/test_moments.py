@@ -11,8 +11,8 @@ from torch import Tensor
 from support import DEVICES, outlier_input, relative_error
 from tonfa.checkpoint.shards import write_tensors
 from tonfa.errors import CheckpointError, FormatError
-from tonfa.quantize import moments as module
-from tonfa.quantize.moments import InputMoments
+from tonfa.quantizer import moments as module
+from tonfa.quantizer.moments import InputMoments
 
 
 def gathered(x: Tensor, sizes: tuple[int, ...], kept: int = 50, seed: int = 0) -> InputMoments:

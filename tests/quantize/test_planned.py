@@ -12,9 +12,9 @@ from torch import Tensor
 from support import relative_error
 from tonfa.checkpoint.tensors import TensorFolder
 from tonfa.plan import LinearPlan
-from tonfa.quantize.planned import dense_spec, gather, materialize, planned_spec, quantize_planned
-from tonfa.quantize.planned import relative_error as weight_error
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.planned import dense_spec, gather, materialize, planned_spec, quantize_planned
+from tonfa.quantizer.planned import relative_error as weight_error
+from tonfa.quantizer.recipe import Recipe
 from tonfa.weights import SVDQWeights, W4A16Weights
 
 RECIPE = Recipe(16, iterations=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from support import DEVICES, relative_error
 from tonfa.errors import FormatError, UnsupportedError
 from tonfa.formats import GELU_SHIFT, INT4
-from tonfa.quantize.recipe import Recipe, quantize_linear
+from tonfa.quantizer.recipe import Recipe, quantize_linear
 from tonfa.weights import SVDQWeights
 
 

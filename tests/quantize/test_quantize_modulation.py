@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from support import DEVICES, relative_error
 from tonfa.errors import FormatError
 from tonfa.formats import UINT4
-from tonfa.quantize import chunks
-from tonfa.quantize.modulation import quantize_modulation
+from tonfa.quantizer import chunks
+from tonfa.quantizer.modulation import quantize_modulation
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from support import DEVICES, relative_error
 from tonfa.formats import INT4
-from tonfa.quantize import chunks
-from tonfa.quantize.residual import quantize_residual
+from tonfa.quantizer import chunks
+from tonfa.quantizer.residual import quantize_residual
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from support import relative_error
 from tonfa.formats import FP8, GELU_SHIFT, INT4, INT8
-from tonfa.quantize.judge import Judge, quantized_input, widened
-from tonfa.quantize.learned import learn_smoothing
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.recipe import _round_absmax
-from tonfa.quantize.smoothing import candidates, search_smoothing, smoothing, spans
+from tonfa.quantizer.judge import Judge, quantized_input, widened
+from tonfa.quantizer.learned import learn_smoothing
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.recipe import _round_absmax
+from tonfa.quantizer.smoothing import candidates, search_smoothing, smoothing, spans
 
 ROUND = partial(_round_absmax, dtype=torch.bfloat16)
 

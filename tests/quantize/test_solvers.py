@@ -10,12 +10,12 @@ from torch import Tensor
 
 from support import DEVICES, relative_error
 from tonfa.errors import FormatError
-from tonfa.quantize.gptq import gptq
-from tonfa.quantize.hessian import Hessian, factor_hessian
-from tonfa.quantize.lowrank import low_rank
-from tonfa.quantize.refine import refine
-from tonfa.quantize.residual import nearest, search_scales
-from tonfa.quantize.whitened import whitened_low_rank
+from tonfa.quantizer.gptq import gptq
+from tonfa.quantizer.hessian import Hessian, factor_hessian
+from tonfa.quantizer.lowrank import low_rank
+from tonfa.quantizer.refine import refine
+from tonfa.quantizer.residual import nearest, search_scales
+from tonfa.quantizer.whitened import whitened_low_rank
 
 
 def second_moments(k: int, seed: int = 0) -> Tensor:
@@ -82,7 +82,7 @@ def test_gptq_follows_the_textbook(device: str) -> None:
         error = (rest[:, j] - expected[:, j] * steps[:, j]) / inverse[j, j]
         rest = rest - torch.outer(error, inverse[j])
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-    moved = Hessian(*(getattr(hessian, f).to(device) for f in ("matrix", "order", "factor", "inverse")))
+    moved = Hessian(*(getattr(hessian, f).to(device) for f in ("matrix", "order", "factor")))
     found = gptq(target.to(device), scales.to(device), moved).cpu()
     assert (found != expected).float().mean() < 0.002
     assert cost(target, decoded(found, scales), hessian) == pytest.approx(

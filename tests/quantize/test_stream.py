@@ -20,10 +20,10 @@ from support import DEVICES
 from tonfa.checkpoint import atomic, native, shards
 from tonfa.checkpoint.tensors import TensorFolder
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
-from tonfa.quantize import stream
-from tonfa.quantize.planned import materialize
-from tonfa.quantize.recipe import Recipe
-from tonfa.quantize.stream import Report, quantize_checkpoint
+from tonfa.quantizer import stream
+from tonfa.quantizer.planned import materialize
+from tonfa.quantizer.recipe import Recipe
+from tonfa.quantizer.stream import Report, quantize_checkpoint
 
 RECIPE = Recipe(16, iterations=1)
 LINEARS = [linear.name for linear in PLAN.linears()]

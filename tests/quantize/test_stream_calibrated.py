@@ -18,13 +18,13 @@ from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.models.flux.sampling import choose_pictures
 from tonfa.models.flux.walk import FluxWalk
 from tonfa.plan import BlockPlan, LinearPlan
-from tonfa.quantize import learned, memory
-from tonfa.quantize.calibration import Collector
-from tonfa.quantize.memory import check_host_memory, enough_memory
-from tonfa.quantize.recipe import Recipe
-from tonfa.quantize.samples import Samples
-from tonfa.quantize.smoothing import SEARCH_TOKENS
-from tonfa.quantize.stream import Report, quantize_checkpoint
+from tonfa.quantizer import learned, memory
+from tonfa.quantizer.calibration import Collector
+from tonfa.quantizer.memory import check_host_memory, enough_memory
+from tonfa.quantizer.recipe import Recipe
+from tonfa.quantizer.samples import Samples
+from tonfa.quantizer.smoothing import SEARCH_TOKENS
+from tonfa.quantizer.stream import Report, quantize_checkpoint
 
 RECIPE = Recipe(16, iterations=1)
 COUNT, TEXT, IMAGE = 6, 24, 40

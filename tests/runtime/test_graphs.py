@@ -12,7 +12,7 @@ from flux_models import dense_model, inputs, run
 from torch import Tensor, nn
 
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 from tonfa.runtime import graphs
 from tonfa.runtime.graphs import Graphs
 from tonfa.runtime.stamp import WeightsStamp

@@ -16,7 +16,7 @@ from tonfa.checkpoint.reading import read_json
 from tonfa.dispatch import default_activations
 from tonfa.errors import CheckpointError, TonfaError, UnsupportedError
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 PROMPT = "a small red sphere and a yellow cone on a striped floor"
 BASELINE = "bf16"

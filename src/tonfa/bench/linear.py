@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tonfa.bench import prediction
 from tonfa.bench.ceilings import has_fp8, scaled_mm
 from tonfa.bench.comfy import comfy_linear
 from tonfa.bench.protocol import Say, Timing, interleaved, record
@@ -131,6 +132,11 @@ def _records(
     packed = sum(t.numel() * t.itemsize for t in layer.state_dict().values()) / 2**30
     case = {"m": request.rows, "n": request.n, "k": request.k, "rank": request.rank, "seed": request.seed}
     ours = {"weights": "int4", "activations": policy, "backend": layer.binding().kernels.backend}
+    gpu = prediction.known_gpu(request.device) if ours["backend"] == "cuda" else None
+    predicted = None
+    if gpu is not None:
+        value = prediction.linear_ms(gpu, request.rows, request.n, request.k, request.rank)
+        predicted = prediction.described(gpu, {"quantize and product": value})
     return [
         record(
             bench="linear",
@@ -140,6 +146,7 @@ def _records(
             timing=timing,
             device=request.device,
             baselines={n: t for n, t in timings.items() if n != "tonfa"},
+            prediction=predicted if name == "tonfa" else None,
             memory_gib={"weights": packed if name == "tonfa" else request.n * request.k * _BYTES[name] / 2**30},
         )
         for name, timing in timings.items()

@@ -12,7 +12,7 @@ from tonfa.bench.synthetic import DEMO, FULL, quantized_model
 from tonfa.checkpoint.reading import read_json
 from tonfa.errors import CheckpointError
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 SYNTHETIC: dict[str, dict[str, Any]] = {"full": FULL, "demo": DEMO}
 _CLASSES = ("FluxTransformer2DModel", "SVDQFluxTransformer2DModel")

@@ -142,6 +142,7 @@ def record(
     memory_gib: Mapping[str, float] | None = None,
     floor: Mapping[str, Any] | None = None,
     parts: Mapping[str, Mapping[str, Any]] | None = None,
+    prediction: Mapping[str, Any] | None = None,
     unit: str = "ms",
 ) -> dict[str, Any]:
     """One line of the results, as benchmarks/README.md describes it.
@@ -170,6 +171,7 @@ def record(
         "memory_gib": {name: _rounded(gib) for name, gib in (memory_gib or {}).items()},
         "floor": dict(floor or {}),
         "parts": {name: dict(part) for name, part in (parts or {}).items()},
+        **({"prediction": dict(prediction)} if prediction else {}),
         **environment(device),
     }
 

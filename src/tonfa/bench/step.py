@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tonfa.bench import ceilings, dense, memory, parts, synthetic
+from tonfa.bench import ceilings, dense, memory, parts, prediction, synthetic
 from tonfa.bench.protocol import Say, interleaved, record
 from tonfa.bench.variant import CHECK_SIZE, CHECK_TEXT, Variant, build, check, finite
 from tonfa.bench.work import flux_work
@@ -218,6 +218,7 @@ class StepBench:
                 memory_gib=held[candidate.variant, case],
                 parts=shares,
                 floor=floor,
+                prediction=self._prediction(case, candidate.settings),
             )
 
     def _runs(self, name: str, candidate: _Candidate, case: StepCase, inputs: Mapping[str, Any]) -> bool:
@@ -246,6 +247,13 @@ class StepBench:
         work = flux_work(config, case.height, case.width, case.batch, case.text_tokens, 0)
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         return ceilings.measure(work, heads, head_dim, case.batch, self._device)
+
+    def _prediction(self, case: StepCase, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        gpu = prediction.known_gpu(self._device) if settings.get("backend") == "cuda" else None
+        if gpu is None:
+            return None
+        sizes = (case.height, case.width, case.batch, case.text_tokens, settings["rank"])
+        return prediction.described(gpu, prediction.step_ms(gpu, self._request.config, *sizes))
 
     def _parts(
         self,

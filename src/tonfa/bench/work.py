@@ -38,6 +38,13 @@ class Work:
     """4-bit codes, scales and zeros of the modulations."""
 
 
+def rows_of(linear: str, image: int, text: int, batch: int) -> int:
+    """Tokens that the linear of this name reads: of the image, of the text, or in single blocks of both."""
+    if linear.startswith("single"):
+        return batch * (image + text)
+    return batch * (text if any(name in linear for name in _TEXT_LINEARS) else image)
+
+
 def flux_work(config: Mapping[str, Any], height: int, width: int, batch: int, text_tokens: int, rank: int) -> Work:
     """Of a step on pictures of height x width pixels."""
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
@@ -52,10 +59,7 @@ def flux_work(config: Mapping[str, Any], height: int, width: int, batch: int, te
         if plan.kind == "w4a16":
             modulation += codes + 2 * scales
             continue
-        if plan.name.startswith("single"):
-            rows = batch * length
-        else:
-            rows = batch * (text_tokens if any(name in plan.name for name in _TEXT_LINEARS) else image)
+        rows = rows_of(plan.name, image, text_tokens, batch)
         shapes[n, k] = True
         linear += 2 * rows * n * k
         lowrank += 2 * rows * rank * (n + k)

@@ -44,6 +44,9 @@ def _candidates(group: Sequence[Record]) -> Table:
     unit = first["unit"]
     for column in ("error",) if unit == "relative" else (f"median {unit}", "min", "max"):
         table.add_column(column, justify="right")
+    predicted = any("prediction" in line for line in group)
+    if predicted:
+        table.add_column("predicted", justify="right")
     for name in baselines:
         table.add_column(f"/ {name}" if unit == "relative" else f"x {name}", justify="right")
     memory = list(dict.fromkeys(name for line in group for name in line["memory_gib"]))
@@ -54,6 +57,7 @@ def _candidates(group: Sequence[Record]) -> Table:
         table.add_row(
             line["variant"],
             *(f"{value:.4g}" for value in values),
+            *([f"{line['prediction']['value']:.4g}" if "prediction" in line else ""] if predicted else []),
             *(f"{line['ratios'][name]:.3f}" if name in line["ratios"] else "" for name in baselines),
             *(f"{line['memory_gib'][name]:.3g}" if name in line["memory_gib"] else "" for name in memory),
         )
@@ -62,11 +66,13 @@ def _candidates(group: Sequence[Record]) -> Table:
 
 def _parts(line: Record) -> Table:
     table = _table()
-    for column, justify in (("part", "left"), ("ms", "right"), ("floor", "right"), ("gap", "right"), ("why", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    predicted = line.get("prediction", {}).get("parts", {})
+    for column in ("part", "ms", *(["predicted"] if predicted else []), "floor", "gap", "why"):
+        table.add_column(column, justify="left" if column in ("part", "why") else "right")
     for name, part in line["parts"].items():
+        expected = [f"{predicted[name]:.3f}" if name in predicted else ""] if predicted else []
         gap = part["value"] - part["floor"]
-        table.add_row(name, f"{part['value']:.3f}", f"{part['floor']:.3f}", f"{gap:.3f}", part["why"])
+        table.add_row(name, f"{part['value']:.3f}", *expected, f"{part['floor']:.3f}", f"{gap:.3f}", part["why"])
     return table
 
 

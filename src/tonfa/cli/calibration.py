@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tonfa.models.flux.calibration import FluxCalibration
     from tonfa.models.flux.walk import Report
-    from tonfa.quantize.recipe import Recipe
+    from tonfa.quantizer.recipe import Recipe
 
 OWN = "default"
 """Names the captions and the depth maps that come with tonfa."""

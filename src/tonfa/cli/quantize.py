@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from tonfa.checkpoint.strict import Spec
     from tonfa.models.flux.calibration import FluxCalibration
-    from tonfa.quantize.recipe import Recipe
-    from tonfa.quantize.stream import Report
+    from tonfa.quantizer.recipe import Recipe
+    from tonfa.quantizer.stream import Report
 
 RecipeName = Literal["tonfa", "svdquant", "svdquant-gptq"]
 
@@ -109,8 +109,8 @@ def quantize(
     console = stderr()
     from tonfa.checkpoint.tensors import TensorFolder
     from tonfa.models.flux.plan import flux_dims, flux_plan
-    from tonfa.quantize.recipe import named_recipe
-    from tonfa.quantize.stream import quantize_checkpoint
+    from tonfa.quantizer.recipe import named_recipe
+    from tonfa.quantizer.stream import quantize_checkpoint
 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or add --overwrite")

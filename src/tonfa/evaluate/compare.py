@@ -24,7 +24,7 @@ from tonfa.evaluate.similarity import psnr, ssim, to_unit
 from tonfa.evaluate.statistics import Array, Estimate, estimate, geometric_mean, interval
 from tonfa.evaluate.trajectory import Trajectory, recorded, velocity_errors
 from tonfa.models.flux.plan import flux_dims, flux_plan
-from tonfa.quantize.planned import Reader
+from tonfa.quantizer.planned import Reader
 
 Advance = Callable[[], None]
 """Called after each step of a picture, each answer and each layer."""

@@ -16,7 +16,7 @@ from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import Modulation, W4A16Linear
 from tonfa.layers.stacked import StackedLinear
 from tonfa.plan import LinearPlan, ModelPlan
-from tonfa.quantize.planned import Reader, gather
+from tonfa.quantizer.planned import Reader, gather
 
 ROWS = 256
 """Inputs kept of each linear: 1 GB for all linears of FLUX.1."""

@@ -12,7 +12,7 @@ from tonfa.layers.bound import Binding
 from tonfa.layers.fused import FusedLinear
 from tonfa.ops.activation import InputWeights, parse_activations
 from tonfa.ops.table import Residency, parse_residency
-from tonfa.quantize.recipe import DEFAULT_RANK, Recipe, quantize_linear
+from tonfa.quantizer.recipe import DEFAULT_RANK, Recipe, quantize_linear
 from tonfa.weights import SVDQWeights
 
 

@@ -41,6 +41,7 @@ class W4A16Linear(BoundModule):
         self.wscales = empty(in_features // GROUP_SIZE, out_features)
         self.wzeros = empty(in_features // GROUP_SIZE, out_features)
         self.bias = empty(out_features)
+        self._named: tuple[str | None, str] | None = None
 
     def weights(self) -> W4A16Weights:
         """The parameters as one object, without a copy."""
@@ -49,14 +50,24 @@ class W4A16Linear(BoundModule):
     def _key(self) -> Tensor:
         return self.qweight
 
+    def set_backend(self, activations: str | None, backend: str | None) -> None:
+        """Name the backend and a policy that it has; without a name the device's default computes."""
+        self._named = None if backend is None else (activations, backend)
+        self.unbind()
+
     def _bind(self) -> Binding:
-        kernels = bind(self.qweight.device, default_activations(self.qweight.device))
+        device = self.qweight.device
+        activations, backend = self._named or (None, None)
+        kernels = bind(device, activations or default_activations(device), backend)
         return Binding(kernels, None, kernels.pack_w4a16(self.weights()), self.qweight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, K) -> (B, N)."""
+        """(..., K) -> (..., N)."""
         bound = self.binding()
-        return bound.kernels.w4a16(x, bound.product_weights)
+        if x.ndim == 2:
+            return bound.kernels.w4a16(x, bound.product_weights)
+        rows = bound.kernels.w4a16(x.reshape(-1, self.in_features), bound.product_weights)
+        return rows.reshape(*x.shape[:-1], self.out_features)
 
 
 class Modulation(nn.Module):

@@ -130,6 +130,22 @@ def product_norm_rope(
     return heads_norm_rope(ops.product(x, w), norm_q, norm_k, rotary)
 
 
+def product_norm_rope_into(
+    ops: Primitives,
+    x: QuantizedActivation,  # B * L rows
+    w: Any,
+    norm_q: Tensor,  # (D,)
+    norm_k: Tensor,  # (D,)
+    rotary: Rotary,  # (L, D) each
+    heads: Tensor,  # (3, B, H, L_total, D)
+    offset: int,
+) -> None:
+    """The same for a part of the tokens, written to heads[:, :, :, offset : offset + L]."""
+    places = heads[:, :, :, offset : offset + rotary[0].shape[0]]
+    for place, values in zip(places, product_norm_rope(ops, x, w, norm_q, norm_k, rotary), strict=True):
+        place.copy_(values)
+
+
 def product_gate_residual(
     ops: Primitives,
     x: QuantizedActivation,  # B * L rows

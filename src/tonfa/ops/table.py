@@ -41,10 +41,12 @@ class Backend:
     name: str
     activations: tuple[Activations, ...]
     reason_against: Callable[[torch.device, Activations], str | None]
-    """None if it can run on this device with this policy, otherwise why not and what would help."""
+    """None if it is made for this device and this policy, otherwise why not and what would help."""
     table: Callable[[Activations], Mapping[str, Callable[..., Any]]]
     reason_to_wait: Callable[[torch.device], str | None] = lambda device: None
     """Why it is taken on this device only if it is asked for by name, although it can run; None if it need not be."""
+    missing: Callable[[], str | None] = lambda: None
+    """What it lacks on devices that it is made for, and how to get it: dispatch logs it and takes the next backend."""
 
 
 ATTENTIONS: dict[str, str] = {

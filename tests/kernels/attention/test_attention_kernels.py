@@ -18,7 +18,7 @@ from support import DEVICES, attention_inputs, attention_norms, relative_error
 from tonfa.kernels.attention import choices, sdpa
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.ops import attention, attention_fp8
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.recipe import Recipe
 
 HERE = Path(__file__).parent
 HALVES = (torch.bfloat16, torch.float16)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import machine_code
+from tonfa.bench import prediction
 from tonfa.errors import KernelError
 from tonfa.kernels.cuda import compiler
 from tonfa.kernels.cuda.catalog import kernels
@@ -26,8 +27,7 @@ REGISTERS_OF_A_PROCESSOR = 65536
 
 pytestmark = machine_code.NEEDED
 
-CASES = [(kernel, arch) for arch in (*NATIVE, 90) for kernel in kernels([torch.bfloat16])]
-CASES += [(kernel, 86) for kernel in kernels([torch.float16])[1:]]
+CASES = [(kernel, architecture) for architecture in (*NATIVE, 90) for kernel in kernels()]
 
 
 @pytest.mark.parametrize(("kernel", "architecture"), CASES, ids=lambda value: str(value))
@@ -62,13 +62,35 @@ def test_the_main_loop_is_bound_by_tensor_cores(tmp_path: Path) -> None:
     """An INT4 instruction occupies a quarter of an sm_86 or sm_89 processor for 16 cycles, any other at least one."""
     kernel = next(k for k in kernels([torch.bfloat16]) if k.name == "product")
     for architecture in (86, 89):
-        loop = main_loop(kernel, architecture, tmp_path)
-        assert loop["IMMA"] == 32 and loop["FFMA"] == 256
-        assert sum(loop.values()) < 0.85 * 16 * loop["IMMA"]
+        loop = smallest_loop(kernel, architecture, tmp_path, IMMA=32)
+        assert loop["FFMA"] == 256
+        assert loop.total() < 0.85 * 16 * loop["IMMA"]
 
 
-def main_loop(kernel: Kernel, architecture: int, folder: Path) -> Counter[str]:
-    """Instructions of the smallest loop around all INT4 instructions."""
+def of(name: str, **values: str) -> Kernel:
+    """The first bfloat16 kernel of this name with these values."""
+    return next(k for k in kernels([torch.bfloat16]) if k.name == name and values.items() <= dict(k.defines).items())
+
+
+@pytest.mark.parametrize("architecture", [86, 89])
+def test_predictions_count_the_instructions_that_there_are(architecture: int, tmp_path: Path) -> None:
+    """Within a tenth, so that another compiler's choices do not matter and ours do."""
+    assert 16 * smallest_loop(of("product"), architecture, tmp_path, IMMA=32)["IMMA"] == prediction.STEP_CYCLES
+    for (name, chunk), slots in prediction.QUANTIZE_SLOTS.items():
+        loop = smallest_loop(of(name, RANK_CHUNK=str(chunk)), architecture, tmp_path, HMMA=chunk)
+        moments = 400 if name == "norm_modulate_quantize" else 0
+        assert loop.total() + moments == pytest.approx(slots, rel=0.1)
+    loop = smallest_loop(of("w4a16"), architecture, tmp_path, HMMA=3 * prediction.W4A16_HMMA)
+    assert loop.total() / 3 == pytest.approx(prediction.W4A16_SLOTS, rel=0.1)
+    for name, slots in prediction.EPILOGUE_SLOTS.items():
+        kernel = of(name)
+        whole = machine_code.read(kernel, architecture, tmp_path).instructions
+        loops = [smallest_loop(kernel, architecture, tmp_path, **count) for count in ({"IMMA": 32}, {"HMMA": 32})]
+        assert whole.total() - whole["NOP"] - sum(loop.total() for loop in loops) == pytest.approx(slots, rel=0.1)
+
+
+def smallest_loop(kernel: Kernel, architecture: int, folder: Path, **count: int) -> Counter[str]:
+    """Instructions of the smallest loop that holds so many of a kind: IMMA=32."""
     path = folder / "kernel.cubin"
     path.write_bytes(build(kernel, architecture)[0])
     text = subprocess.run(
@@ -81,14 +103,12 @@ def main_loop(kernel: Kernel, architecture: int, folder: Path) -> Counter[str]:
             labels[label[1]] = len(lines)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             lines.append(re.sub(r"^@!?U?P\w+\s+", "", found[1]))
-    imma = [i for i, line in enumerate(lines) if line.startswith("IMMA")]
     loops = []
     for i, line in enumerate(lines):
         target = re.match(r"BRA.*`\((\.L_x_\d+)\)", line)
-        if target and labels[target[1]] <= imma[0] and i >= imma[-1]:
-            loops.append((i - labels[target[1]], labels[target[1]], i))
-    _, start, end = min(loops)
-    return Counter(re.split(r"[. ]", line)[0] for line in lines[start : end + 1])
+        if target and labels[target[1]] <= i:
+            loops.append(Counter(re.split(r"[. ]", line)[0] for line in lines[labels[target[1]] : i + 1]))
+    return min((loop for loop in loops if count.items() <= loop.items()), key=lambda loop: loop.total())
 
 
 def test_errors_name_kernel_architecture_and_log() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from ctypes import Array, c_float, c_int32, c_void_p
+from ctypes import Array, c_float, c_int32, c_int64, c_void_p
 
 import pytest
 import torch
@@ -69,7 +69,9 @@ def test_structs_have_the_fields_of_the_device_code_in_its_order() -> None:
         for (written, star, _), (_, held) in zip(fields, kind._fields_, strict=True):
             device_type = "pointer" if star else written
             held = held._type_ if issubclass(held, Array) else held
-            host_type = {c_void_p: "pointer", c_int32: "int", c_float: "float"}.get(held, held.__name__)
+            host_type = {c_void_p: "pointer", c_int32: "int", c_int64: "long long", c_float: "float"}.get(
+                held, held.__name__
+            )
             assert device_type == host_type
 
 

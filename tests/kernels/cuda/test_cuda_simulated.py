@@ -8,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import simulator
+import test_cuda_flux as flux
 import test_cuda_gpu as gpu
 import torch
+
+from tonfa import dispatch
+from tonfa.kernels.cuda import compiler, launch
 
 pytestmark = [
     pytest.mark.skipif(simulator.COMPILER is None, reason="needs g++"),
@@ -34,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _simulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GPU", "cpu")
+    for tests in (gpu, flux):
+        monkeypatch.setattr(tests, "GPU", "cpu")
     for op in OPS:
         module = importlib.import_module(f"tonfa.kernels.cuda.{op}")
         monkeypatch.setattr(module, "launch", simulator.launcher(folder))
@@ -49,7 +54,7 @@ def test_quantize(k: int, rows: int, unsigned: bool, dtype: torch.dtype, generat
     gpu.test_quantize(k, rows, unsigned, dtype, generator)
 
 
-@pytest.mark.parametrize("rank", [16, 48, 80, 5])
+@pytest.mark.parametrize("rank", [0, 16, 48, 80, 5])
 def test_ranks(rank: int, generator: torch.Generator) -> None:
     gpu.test_ranks(rank, generator)
 
@@ -83,7 +88,8 @@ def test_published_gelu_mlp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "rank", "dtype"), [(1, 64, 16, BF16), (130, 192, 32, FP16), (129, 1024, 80, BF16)]
+    ("rows", "n", "rank", "dtype"),
+    [(5, 1024, 0, BF16), (1, 64, 16, BF16), (130, 192, 32, FP16), (129, 1024, 80, BF16)],
 )
 def test_product_gelu_quantize(rows: int, n: int, rank: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     gpu.test_product_gelu_quantize(rows, n, rank, dtype, generator)
@@ -109,6 +115,11 @@ def test_product_norm_rope(length: int, heads: int, size: int, dtype: torch.dtyp
     gpu.test_product_norm_rope(length, heads, size, dtype, generator)
 
 
+@pytest.mark.parametrize("skip", [0, 1], ids=["aligned", "misaligned"])
+def test_heads_are_written_to_their_place(skip: int, generator: torch.Generator) -> None:
+    gpu.test_heads_are_written_to_their_place(skip, generator)
+
+
 @pytest.mark.parametrize(("length", "k", "rank", "dtype"), [(1, 64, 16, FP16), (37, 320, 96, BF16)])
 def test_norm_modulate_quantize(length: int, k: int, rank: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     gpu.test_norm_modulate_quantize(length, k, rank, dtype, generator)
@@ -127,9 +138,14 @@ def test_w4a16_group_equals_its_linears(sizes: tuple[int, ...], k: int, batch: i
     gpu.test_w4a16_group_equals_its_linears(sizes, k, batch, BF16, generator)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_adversarial_inputs(dtype: torch.dtype, generator: torch.Generator) -> None:
-    gpu.test_adversarial_inputs(dtype, generator)
+@pytest.mark.parametrize(("unsigned", "dtype"), [(False, BF16), (False, FP16), (True, BF16), (True, FP16)])
+def test_adversarial_inputs(unsigned: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
+    gpu.test_adversarial_inputs(unsigned, dtype, generator)
+
+
+@pytest.mark.parametrize("name", ["awq_adanorm_zero_6x128_1024", "awq_adanorm_zero_6x128_256_padded_groups"])
+def test_published_modulation(name: str) -> None:
+    gpu.test_published_modulation(name)
 
 
 def test_a_row_of_nan_stays_alone(generator: torch.Generator) -> None:
@@ -142,3 +158,13 @@ def test_a_shared_input_is_quantized_once(generator: torch.Generator) -> None:
 
 def test_no_rows_are_no_error(generator: torch.Generator) -> None:
     gpu.test_no_rows_are_no_error(generator)
+
+
+def test_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_reason_against", lambda *_: None)
+    for module in (compiler, launch):
+        monkeypatch.setattr(module, "problem", lambda: None)
+    monkeypatch.setattr(
+        flux, "SMALL", {**flux.SMALL, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
+    )
+    flux.test_a_step(32, (32, 48), 5, BF16)

@@ -17,12 +17,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tonfa.kernels.triton import expand, product, quantize, tiles, w4a16
+from tonfa.kernels.triton import descent_columns, expand, gptq_columns, product, quantize, tiles, w4a16
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
 
-ANY_INTEGER = ("M", "length", "B", "columns")
+ANY_INTEGER = ("M", "length", "B", "columns")  # and N where it is not specialized
 """Arguments that are no multiples of 16."""
 
 
@@ -135,6 +135,20 @@ def w4a16_kernel(capability: int) -> dict[str, Any]:
     return compile_kernel(w4a16.w4a16_kernel, arguments, constants, capability, num_warps=4)
 
 
+def gptq_kernel(capability: int) -> dict[str, Any]:
+    arguments = dict.fromkeys(("rest", "feedback", "steps", "inverse_steps", "codes", "errors"), "*fp32")
+    constants = {"COLUMNS": 128, "ROWS": gptq_columns.ROWS}
+    arguments |= {"N": "i32", "lowest": "fp32"}
+    return compile_kernel(gptq_columns.gptq_columns_kernel, arguments, constants, capability, num_warps=1)
+
+
+def descent_kernel(capability: int) -> dict[str, Any]:
+    arguments = dict.fromkeys(("codes", "step", "ratios", "gradient", "local"), "*fp32")
+    constants = {"COLUMNS": 64, "ROWS": descent_columns.ROWS}
+    arguments |= {"N": "i32", "lowest": "fp32"}
+    return compile_kernel(descent_columns.descent_columns_kernel, arguments, constants, capability, num_warps=1)
+
+
 def main() -> None:
     def show(name: str, facts: dict[str, Any]) -> None:
         print(json.dumps({"name": name, **facts}), flush=True)
@@ -155,6 +169,9 @@ def main() -> None:
     show("expand fp8 sm_90", expand_kernel(90, True))
     show("expand i8 sm_86", expand_kernel(86, False))
     show("w4a16 sm_90", w4a16_kernel(90))
+    for capability in (80, 90):
+        show(f"gptq columns sm_{capability}", gptq_kernel(capability))
+        show(f"descent columns sm_{capability}", descent_kernel(capability))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from tonfa.ops.table import Backend
 def _reason_against(device: torch.device, activations: Activations) -> str | None:
     if device.type != "cpu":
         return f"it computes on the CPU, not on {device.type}"
-    if find_spec("numba") is None:
-        return "numba is not installed: pip install 'tonfa[cpu]'"
     return None
+
+
+def _missing() -> str | None:
+    return None if find_spec("numba") else "numba is not installed: pip install 'tonfa[cpu]'"
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
@@ -45,4 +47,4 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     }
 
 
-BACKEND = Backend("cpu", ("int8",), _reason_against, _table)
+BACKEND = Backend("cpu", ("int8",), _reason_against, _table, missing=_missing)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tonfa.errors import KernelError
+from tonfa.kernels.cuda.compiler import compiler_version
 from tonfa.kernels.cuda.kernel import Kernel, Struct, build
 
 _SHARED_UNASKED = 48 << 10
@@ -29,6 +30,22 @@ def _done(result: tuple[Any, ...], what: str) -> Any:
     if int(result[0]) != 0:
         raise KernelError(f"{what} failed: {result[0].name}")
     return result[1] if len(result) > 1 else None
+
+
+@lru_cache(maxsize=1)
+def problem() -> str | None:
+    """None if the driver is of NVRTC's major version or newer, and so loads what NVRTC compiles; otherwise why not."""
+    try:
+        version = _done(_driver().cuDriverGetVersion(), "asking the driver for its version")
+    except (KernelError, RuntimeError) as error:
+        return f"the NVIDIA driver cannot be asked ({error}): update it"
+    major, minor = version // 1000, version % 1000 // 10
+    if major >= int(compiler_version().split(".")[0]):
+        return None
+    return (
+        f"the driver is made for CUDA {major}.{minor}, NVRTC is {compiler_version()}: update the driver, or take an "
+        f"older compiler by pip install 'cuda-bindings<{major + 1}' nvidia-cuda-nvrtc-cu{major}"
+    )
 
 
 def architecture(device: torch.device) -> int:

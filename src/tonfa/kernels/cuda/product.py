@@ -123,6 +123,11 @@ def product_struct(x: QuantizedActivation, w: PackedProduct) -> tuple[Product, T
     if 2 * bytes_ != w.channels or x.lowrank.shape != (rows, w.rank):
         found = f"{2 * bytes_} channels and lowrank of shape {tuple(x.lowrank.shape)}"
         raise FormatError(f"product: expected {w.channels} channels and lowrank ({rows}, {w.rank}), got {found}")
+    if x.scales.shape != (rows, w.channels // GROUP_SIZE):
+        expected = (rows, w.channels // GROUP_SIZE)
+        raise FormatError(f"product: scales of shape {tuple(x.scales.shape)}, expected {expected}; quantize it anew")
+    if x.lowrank.dtype != torch.float32:
+        raise FormatError(f"product: lowrank is {x.lowrank.dtype}, expected torch.float32; convert it with .float()")
     if x.dtype != w.wscales.dtype or x.scales.dtype != x.dtype:
         raise FormatError(f"product: the input is {x.dtype}, the weights are {w.wscales.dtype}; convert one of them")
     for tensor in (x.codes, x.scales, x.lowrank):

@@ -73,10 +73,12 @@ def product_gelu_quantize(
     following: PackedInput,
 ) -> QuantizedActivation:
     """The next layer's input: codes (M, N/2) uint8, scales (M, N/G), lowrank (M, R) float32."""
-    if following.channels != w.out_features or following.proj_down.dtype != x.dtype:
-        found = f"{following.channels} channels of {following.proj_down.dtype}"
-        raise FormatError(f"product_gelu_quantize: expected {w.out_features} channels of {x.dtype} next, got {found}")
     parameters, kept = product_struct(x, w)
+    down = following.proj_down
+    if (following.channels, down.dtype, down.device) != (w.out_features, x.dtype, kept.device):
+        expected = f"{w.out_features} channels of {x.dtype} on {kept.device}"
+        found = f"{following.channels} of {down.dtype} on {down.device}"
+        raise FormatError(f"product_gelu_quantize: the next layer must take {expected}, it takes {found}; convert it")
     rows, device, rank = x.codes.shape[0], kept.device, following.padded_rank
     out = empty_activation(rows, following)
     if rows == 0:
@@ -90,7 +92,7 @@ def product_gelu_quantize(
     epilogue = Following(code_output(out), *pointers, rank, tiles)
     chosen = kernel(x.dtype, w.unsigned, following.unsigned)
     launch(chosen, device, (height, slices, bands), parameters, epilogue)
-    if slices > 1:
+    if slices > 1 and rank:
         count = rows * rank // 4
         sums = Partials(partial.data_ptr(), out.lowrank.data_ptr(), count, slices)
         launch(add_kernel(), device, (-(-count // _ADD_THREADS),), sums)

@@ -61,7 +61,7 @@ class PackedInput:
     """`InputWeights` as the kernels read them."""
 
     smooth: Tensor  # (K, 2) float32: factor and reciprocal
-    proj_down: Tensor  # (R rounded up to rank_chunk, K) 16-bit
+    proj_down: Tensor  # (R rounded up to rank_chunk, at least once that, K) 16-bit
     rank: int
     unsigned: bool
 
@@ -91,7 +91,7 @@ def pack_input(w: InputWeights) -> PackedInput:
     check_weight_dtype(w.proj_down.dtype, "pack_input")
     channels, rank = w.proj_down.shape
     chunk = rank_chunk(round_up(rank, _RANK_MULTIPLE))
-    down = w.proj_down.new_zeros(round_up(rank, chunk), channels)
+    down = w.proj_down.new_zeros(max(chunk, round_up(rank, chunk)), channels)  # rank 0: codes are written all the same
     down[:rank] = w.proj_down.detach().t()
     factor = w.smooth_factor.detach().float()
     return PackedInput(torch.stack((factor, factor.reciprocal()), dim=1), down, rank, w.unsigned)

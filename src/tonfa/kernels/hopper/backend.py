@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from tonfa.kernels.cuda import backend as cuda
 from tonfa.kernels.cuda.kernel import ELEMENTS
+from tonfa.kernels.route import route
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, InputWeights, QuantizedActivation, ScaledFP8
@@ -25,9 +27,7 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"it is written for sm_90, this GPU is sm_{capability[0]}{capability[1]}"
-    from tonfa.kernels.cuda import compiler
-
-    return compiler.problem() or triton.BACKEND.reason_against(device, activations)
+    return triton.BACKEND.reason_against(device, activations)
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
@@ -39,13 +39,13 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
 
     theirs = triton.BACKEND.table(activations)
 
-    def route(ours: Callable[..., Any], other: Callable[..., Any], place: int) -> Callable[..., Any]:
-        """By who packed the weights, the argument at `place`."""
-        packed = (inputs.PackedInput, products.PackedProduct, modulations.PackedW4A16, tuple)
-        return lambda *arguments: (ours if isinstance(arguments[place], packed) else other)(*arguments)
+    packed = (inputs.PackedInput, products.PackedProduct, modulations.PackedW4A16, tuple)
 
-    quantize = route(quantizers.quantize, theirs["quantize"], 1)
-    product = route(products.product, theirs["product"], 1)
+    def by_weights(ours: Callable[..., Any], op: str, place: int) -> Callable[..., Any]:
+        return route(ours, theirs[op], packed, place)
+
+    quantize = by_weights(quantizers.quantize, "quantize", 1)
+    product = by_weights(products.product, "product", 1)
 
     def other_quantize_fp8(x: ScaledFP8, w: Any) -> Any:
         return theirs["quantize"](x.dequantize(), w)
@@ -78,18 +78,18 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "pack_product_expanded": products.pack_product_expanded,
         "pack_w4a16": pack_w4a16,
         "pack_w4a16_group": pack_w4a16_group,
-        "w4a16": route(modulations.w4a16, theirs["w4a16"], 1),
-        "w4a16_group": route(modulations.w4a16_group, theirs["w4a16_group"], 1),
+        "w4a16": by_weights(modulations.w4a16, "w4a16", 1),
+        "w4a16_group": by_weights(modulations.w4a16_group, "w4a16_group", 1),
         "quantize": quantize,
-        "quantize_fp8": route(quantizers.quantize_fp8, other_quantize_fp8, 1),
+        "quantize_fp8": route(quantizers.quantize_fp8, other_quantize_fp8, packed, 1),
         "product": product,
-        "norm_modulate_quantize": route(quantizers.norm_modulate_quantize, theirs["norm_modulate_quantize"], 3),
-        "product_norm_rope": route(products.product_norm_rope, theirs["product_norm_rope"], 1),
-        "product_norm_rope_into": route(products.product_norm_rope_into, theirs["product_norm_rope_into"], 1),
+        "norm_modulate_quantize": by_weights(quantizers.norm_modulate_quantize, "norm_modulate_quantize", 3),
+        "product_norm_rope": by_weights(products.product_norm_rope, "product_norm_rope", 1),
+        "product_norm_rope_into": by_weights(products.product_norm_rope_into, "product_norm_rope_into", 1),
         "product_norm_rope_fp8": product_norm_rope_fp8,
         "product_gelu_quantize": product_gelu_quantize,
-        "product_gate_residual": route(products.product_gate_residual, theirs["product_gate_residual"], 1),
+        "product_gate_residual": by_weights(products.product_gate_residual, "product_gate_residual", 1),
     }
 
 
-BACKEND = Backend("hopper", ("fp8",), _reason_against, _table)
+BACKEND = Backend("hopper", ("fp8",), _reason_against, _table, missing=cuda.missing)

@@ -19,7 +19,7 @@ from tonfa.models.flux.checkpoints import LEGACY_FILES
 from tonfa.models.flux.export import DENSE_CLASS, QuantizedFlux, read_quantized
 from tonfa.models.flux.lite import LiteTensors
 from tonfa.models.flux.nunchaku import NunchakuTensors
-from tonfa.quantize.planned import dense_spec, gather, part_names, relative_error
+from tonfa.quantizer.planned import dense_spec, gather, part_names, relative_error
 
 LARGEST_ERROR = 0.5
 """4-bit weights with a low-rank branch are within about 0.15 of their dense ones; more than this is another model."""

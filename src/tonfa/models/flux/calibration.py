@@ -15,10 +15,10 @@ from tonfa.models.flux.plan import flux_dims, flux_plan
 from tonfa.models.flux.sampling import Picture, Schedule, draw
 from tonfa.models.flux.walk import FluxWalk, Report
 from tonfa.plan import ModelPlan
-from tonfa.quantize.calibration import TOKENS_PER_CHANNEL
-from tonfa.quantize.memory import check_host_memory, enough_memory
-from tonfa.quantize.recipe import Recipe
-from tonfa.quantize.samples import Samples
+from tonfa.quantizer.calibration import TOKENS_PER_CHANNEL
+from tonfa.quantizer.memory import check_host_memory, enough_memory
+from tonfa.quantizer.recipe import Recipe
+from tonfa.quantizer.samples import Samples
 
 SAMPLING = "sampling"
 """What a report calls the drawing of pictures."""

@@ -31,7 +31,7 @@ from tonfa.models.flux.nunchaku import packed_tensors
 from tonfa.models.flux.published import PublishedTensors
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.plan import LinearPlan, ModelPlan
-from tonfa.quantize.planned import dense_spec, planned_spec
+from tonfa.quantizer.planned import dense_spec, planned_spec
 from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
 Form = Literal["native", "nunchaku", "nunchaku-folder", "nunchaku-lite", "dense"]

@@ -24,7 +24,7 @@ from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.nunchaku import Field, svdq_fields, unpacked, w4a16_fields
 from tonfa.plan import LinearPlan, ModelPlan
-from tonfa.quantize.planned import part_names
+from tonfa.quantizer.planned import part_names
 
 METHOD = "nunchaku_lite"
 CLASS = "FluxTransformer2DModel"

@@ -23,7 +23,7 @@ from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.lite import AWQ, COLUMNS, METHOD, ROWS, SVDQ, lite_fields, same_bits, targets
 from tonfa.plan import LinearPlan
-from tonfa.quantize.planned import part_names
+from tonfa.quantizer.planned import part_names
 from tonfa.weights import SVDQWeights
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tonfa.errors import FormatError, UnsupportedError
-from tonfa.quantize.samples import Samples
+from tonfa.quantizer.samples import Samples
 
 INPUTS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
 """Of the transformer; the last is not given to models without a guidance embedding."""

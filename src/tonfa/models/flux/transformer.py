@@ -28,15 +28,15 @@ from tonfa.checkpoint import native
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
-from tonfa.layers.modulation import SharedConditioning
+from tonfa.layers.modulation import SharedConditioning, W4A16Linear
 from tonfa.models.flux.blocks import DoubleBlock, JointAttention, SingleAttention, SingleBlock
 from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
 from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
 from tonfa.models.flux.rotary import RotaryPositions
 from tonfa.ops.table import DEFAULT_ATTENTION, parse_attention
-from tonfa.quantize.planned import materialize
-from tonfa.quantize.recipe import Recipe
+from tonfa.quantizer.planned import materialize
+from tonfa.quantizer.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
 
 _RESERVED_LOADING_OPTIONS = {
@@ -232,6 +232,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         for layer in self.modules():
             if isinstance(layer, SVDQLinear):
                 layer.set_activations(activations, backend)
+            elif isinstance(layer, W4A16Linear):
+                layer.set_backend(activations, backend)
         return self
 
     def set_weights(self, weights: str) -> SVDQFluxTransformer2DModel:

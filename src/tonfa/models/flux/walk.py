@@ -24,9 +24,9 @@ from tonfa.models.flux.layers import DenseLayers, QuantizedLayers
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.ops.fused import Rotary
 from tonfa.plan import BlockPlan, ModelPlan
-from tonfa.quantize.calibration import Observe
-from tonfa.quantize.memory import enough_memory
-from tonfa.quantize.samples import Samples
+from tonfa.quantizer.calibration import Observe
+from tonfa.quantizer.memory import enough_memory
+from tonfa.quantizer.samples import Samples
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""

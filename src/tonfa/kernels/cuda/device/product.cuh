@@ -7,7 +7,8 @@
 //
 // Integers become floats for free: the mma starts from the bits of 1.5 * 2^23, so its integer result, read as a float,
 // is 1.5 * 2^23 + p. Then p * ascale = fma(result, ascale, -1.5 * 2^23 * ascale) is exact (13 + 11 bits), and a second
-// fma multiplies by the weight's scale and adds: two instructions and one rounding for each output and group.
+// fma multiplies by the weight's scale and adds: two instructions and one rounding for each output and group. The price:
+// 1.5 * 2^23 * ascale must be finite, so an input of 1e32 and more, which only bfloat16 can hold, gives NaN.
 //
 // The order of output channels inside a tile is ours to choose, by the order in which weight rows are put into shared
 // memory. It is chosen so that a lane owns eight neighbors in every 32 channels: channel 32 b + 8 q + 2 j + e is element
@@ -238,7 +239,6 @@ __device__ inline void add_lowrank(const Product& p, Place place, Sums& sums) {
 using Tile = u32[4][4][4];
 
 // All threads of the block must have met since the tile before.
-
 template <bool Unsigned>
 __device__ inline void compute_tile(const Product& p, Place place, Tile& y) {
     __shared__ __align__(128) Stage stages[STAGES];

@@ -4,13 +4,17 @@
 #include "product.cuh"
 
 struct Heads {
-    u16* out;             // (3, B, H, L, 128)
-    const u16* norm_q;    // (128,)
-    const u16* norm_k;    // (128,)
-    const float* cos;     // (L, 128), every angle twice in a row
-    const float* sin;     // (L, 128)
-    int length;           // L
-    int heads;            // H
+    u16* out;           // (3, B, H, L, 128), the last contiguous
+    const u16* norm_q;  // (128,)
+    const u16* norm_k;  // (128,)
+    const float* cos;   // (L, 128), every angle twice in a row
+    const float* sin;   // (L, 128)
+    long long which_stride;
+    long long image_stride;
+    long long head_stride;
+    long long token_stride;
+    int length;  // L
+    int heads;   // H
     float epsilon;
 };
 
@@ -52,7 +56,6 @@ product_norm_rope(const __grid_constant__ Product p, const __grid_constant__ Hea
     Tile y;
     compute_tile<UNSIGNED>(p, place, y);
     const int which = place.column0 / TILE / e.heads, head = place.column0 / TILE % e.heads;
-    const int batch = p.rows / e.length;
     if (which < 2) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -62,8 +65,8 @@ product_norm_rope(const __grid_constant__ Product p, const __grid_constant__ Hea
         }
     }
     const auto line_of = [&](int row) {
-        const int image = row / e.length, token = row % e.length;
-        return e.out + (((static_cast<size_t>(which) * batch + image) * e.heads + head) * e.length + token) * TILE;
+        return e.out + which * e.which_stride + row / e.length * e.image_stride + head * e.head_stride +
+               row % e.length * e.token_stride;
     };
     for_outputs(p, place, y, line_of,
                 [](u16* line, int column, uint4 words) { store8(line + column % TILE, words); });

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tonfa.formats import GROUP_SIZE
-from tonfa.quantize.chunks import row_chunks
+from tonfa.quantizer.chunks import row_chunks
 
 SHRINKS = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
 """Candidates for the scale's magnitude, in units of absmax / 8."""

@@ -25,16 +25,16 @@ from torch import Tensor
 from tonfa.errors import FormatError, UnsupportedError
 from tonfa.formats import GELU_SHIFT, INT4
 from tonfa.ops.activation import Activations, parse_activations
-from tonfa.quantize.calibrated import calibrate
-from tonfa.quantize.checks import check_linear
-from tonfa.quantize.gptq import gptq
-from tonfa.quantize.hessian import smoothed_hessian
-from tonfa.quantize.judge import Judge
-from tonfa.quantize.learned import learn_smoothing
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.residual import absmax_scales, nearest, quantize_residual
-from tonfa.quantize.smoothing import SEARCH_TOKENS, search_smoothing, smoothing
-from tonfa.quantize.split import Quantizer, Split, alternate
+from tonfa.quantizer.calibrated import calibrate
+from tonfa.quantizer.checks import check_linear
+from tonfa.quantizer.gptq import gptq
+from tonfa.quantizer.hessian import smoothed_hessian
+from tonfa.quantizer.judge import Judge
+from tonfa.quantizer.learned import learn_smoothing
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.residual import absmax_scales, nearest, quantize_residual
+from tonfa.quantizer.smoothing import SEARCH_TOKENS, search_smoothing, smoothing
+from tonfa.quantizer.split import Quantizer, Split, alternate
 from tonfa.weights import SVDQWeights
 
 DEFAULT_RANK = 32
@@ -107,14 +107,19 @@ def _quantizer(recipe: Recipe, dtype: torch.dtype) -> Quantizer:
 
 def find_smoothing(
     weights: Sequence[Tensor],  # (N_i, K) float each: all linears that read this input
-    moments: InputMoments,
+    moments: InputMoments | None,
     recipe: Recipe,
     *,
     unsigned: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The smoothing factors (K,) of `dtype` that linears with a common input share."""
+    """The smoothing factors (K,) of `dtype` that linears with a common input share; without moments, of the weights."""
     rows = [w.float() for w in weights]
+    if moments is None:
+        columns = torch.cat(rows).square().mean(dim=0).sqrt()
+        return smoothing(torch.ones_like(columns), columns, 0.0, recipe.column_power, dtype)
+    moments.check(rows[0].shape[1])
+    moments = moments.to(rows[0].device)
     rank, seed, activations = recipe.rank, recipe.seed, recipe.activations
     if recipe.method == "svdquant":
         rounding = _quantizer(recipe, dtype)
@@ -226,16 +231,13 @@ def _smooth_factor(
     dtype: torch.dtype,
     name: str,
 ) -> Tensor:
-    """The factors (K,) of `dtype` that are given, found from the moments, or made from the weight (N, K)."""
+    """The factors (K,) of `dtype` that are given, or found for the weight (N, K) alone."""
     if given is not None:
         stored = given.to(weight.device, dtype)
         if tuple(stored.shape) != (weight.shape[1],) or not bool((torch.isfinite(stored) & (stored > 0)).all()):
             raise FormatError(f"{name}.smooth_factor: expected {weight.shape[1]} positive numbers")
         return stored
-    if moments is not None:
-        return find_smoothing([weight], moments, recipe, unsigned=unsigned, dtype=dtype)
-    columns = weight.square().mean(dim=0).sqrt()
-    return smoothing(torch.ones_like(columns), columns, 0.0, recipe.column_power, dtype)
+    return find_smoothing([weight], moments, recipe, unsigned=unsigned, dtype=dtype)
 
 
 def _export(

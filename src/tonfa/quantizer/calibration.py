@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tonfa.plan import BlockPlan, LinearPlan
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.smoothing import SEARCH_TOKENS
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.smoothing import SEARCH_TOKENS
 
 Observe = Callable[[str, Tensor], None]
 """Called with a planned linear's name and its input (M, K)."""

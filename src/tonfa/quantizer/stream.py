@@ -26,11 +26,11 @@ from tonfa.checkpoint.strict import Spec, check, dtype_name, nbytes
 from tonfa.checkpoint.tensors import TensorFiles
 from tonfa.errors import CheckpointError, UnsupportedError
 from tonfa.plan import BlockPlan, ModelPlan
-from tonfa.quantize.build import BlockBuilder, Source, block_spec
-from tonfa.quantize.calibration import Calibration
-from tonfa.quantize.planned import check_rank, dense_spec
-from tonfa.quantize.recipe import Recipe
-from tonfa.quantize.workspace import Workspace
+from tonfa.quantizer.build import BlockBuilder, Source, block_spec
+from tonfa.quantizer.calibration import Calibration
+from tonfa.quantizer.planned import check_rank, dense_spec
+from tonfa.quantizer.recipe import Recipe
+from tonfa.quantizer.workspace import Workspace
 from tonfa.version import __version__
 from tonfa.weights import FLOAT_DTYPES
 

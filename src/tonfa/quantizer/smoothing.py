@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tonfa.formats import INT4
 from tonfa.ops.activation import Activations
-from tonfa.quantize.judge import Judge
-from tonfa.quantize.lowrank import low_rank
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.split import Quantizer, rounded_branch
+from tonfa.quantizer.judge import Judge
+from tonfa.quantizer.lowrank import low_rank
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.split import Quantizer, rounded_branch
 
 Span = Literal["absmax", "rms"]
 GRID = 20

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tonfa.formats import GELU_SHIFT, GROUP_SIZE
 from tonfa.ops.activation import Activations
-from tonfa.quantize.hessian import smoothed_hessian
-from tonfa.quantize.lowrank import low_rank
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.smoothing import smoothing, spans
+from tonfa.quantizer.hessian import smoothed_hessian
+from tonfa.quantizer.lowrank import low_rank
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.smoothing import smoothing, spans
 
 ROUNDS = 2
 STEPS = 40

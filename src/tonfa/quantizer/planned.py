@@ -12,9 +12,9 @@ from tonfa.checkpoint.strict import Spec
 from tonfa.errors import FormatError
 from tonfa.formats import GROUP_SIZE
 from tonfa.plan import LinearPlan, ModelPlan
-from tonfa.quantize.modulation import quantize_modulation
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.recipe import Recipe, quantize_linear
+from tonfa.quantizer.modulation import quantize_modulation
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.recipe import Recipe, quantize_linear
 from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
 

@@ -61,7 +61,8 @@ def low_rank(matrix: Tensor, rank: int, *, start: Tensor | None = None, seed: in
     else:
         subspace = _subspace(matrix, width, start, seed)
         basis, small = torch.linalg.qr(matrix @ subspace)
-        left, values, right = torch.linalg.svd(small)
+        # A GPU takes milliseconds for so small a matrix, LAPACK half of one.
+        left, values, right = (t.to(small.device) for t in torch.linalg.svd(small.cpu()))
         left, right = basis @ left, right @ subspace.T
     root = values[:rank].sqrt()
     return Factors((right[:rank] * root.unsqueeze(1)).T.contiguous(), left[:, :rank] * root, subspace)

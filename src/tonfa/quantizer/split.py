@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tonfa.errors import FormatError
 from tonfa.formats import INT4
-from tonfa.quantize.lowrank import Factors, low_rank
+from tonfa.quantizer.lowrank import Factors, low_rank
 
 Quantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(N, K) float32 -> codes (N, K) int8, scales (N, K/G) of the storage dtype."""

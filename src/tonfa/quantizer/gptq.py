@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tonfa.formats import GROUP_SIZE
-from tonfa.quantize.hessian import Hessian
+from tonfa.quantizer.columns import code_columns
+from tonfa.quantizer.hessian import Hessian
 
 BLOCK = 128
 
@@ -24,23 +25,18 @@ def gptq(
     """Codes (N, K) in [lowest, 7], float32. A scale of 0 gives code 0."""
     rest = target[:, hessian.order]
     steps = scales.repeat_interleave(GROUP_SIZE, dim=1)[:, hessian.order]
-    reciprocal = torch.where(steps == 0, 0.0, steps.reciprocal())
     codes = torch.empty_like(rest)
     k = rest.shape[1]
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
-        block, feedback = rest[:, start:stop].T.contiguous(), hessian.inverse[start:stop, start:stop]
-        feedback = feedback / feedback.diagonal().unsqueeze(1)
-        step, inverse_step = steps[:, start:stop].T.contiguous(), reciprocal[:, start:stop].T.contiguous()
-        chosen, errors = torch.empty_like(block), torch.empty_like(block)
-        for j in range(stop - start):
-            torch.mul(block[j], inverse_step[j], out=chosen[j])
-            chosen[j].round_().clamp_(lowest, 7)
-            torch.addcmul(block[j], chosen[j], step[j], value=-1, out=errors[j])
-            block[j + 1 :].addr_(feedback[j, j + 1 :], errors[j], alpha=-1)
+        inverse = hessian.inverse[start:stop, start:]
+        feedback = inverse / inverse.diagonal().unsqueeze(1)
+        step = steps[:, start:stop].T.contiguous()
+        reciprocal = torch.where(step == 0, 0.0, step.reciprocal())
+        block = rest[:, start:stop].T.contiguous()
+        chosen, errors = code_columns(block, feedback[:, : stop - start], step, reciprocal, lowest)
         codes[:, start:stop] = chosen.T
-        scaled = errors / hessian.inverse.diagonal()[start:stop].unsqueeze(1)
-        rest[:, stop:].addmm_(scaled.T, hessian.inverse[start:stop, stop:], alpha=-1)
+        rest[:, stop:].addmm_(errors.T, feedback[:, stop - start :], alpha=-1)
     found = torch.empty_like(codes)
     found[:, hessian.order] = codes
     return found

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tonfa.quantize.gptq import gptq
-from tonfa.quantize.hessian import Hessian
-from tonfa.quantize.refine import refine
-from tonfa.quantize.residual import search_scales
-from tonfa.quantize.split import Branch, Split, rounded_branch
-from tonfa.quantize.whitened import whitened_low_rank
+from tonfa.quantizer.gptq import gptq
+from tonfa.quantizer.hessian import Hessian
+from tonfa.quantizer.refine import refine
+from tonfa.quantizer.residual import search_scales
+from tonfa.quantizer.split import Branch, Split, rounded_branch
+from tonfa.quantizer.whitened import whitened_low_rank
 
 ROUNDS = 3
 """Of GPTQ and refit."""

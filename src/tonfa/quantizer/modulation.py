@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tonfa.formats import GROUP_SIZE, UINT4
-from tonfa.quantize.checks import check_linear
-from tonfa.quantize.chunks import row_chunks
+from tonfa.quantizer.checks import check_linear
+from tonfa.quantizer.chunks import row_chunks
 from tonfa.weights import W4A16Weights
 
 REFITS = 4

@@ -8,12 +8,13 @@ V_jj^2 is what is left of channel j's power when all channels that are quantized
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tonfa.errors import FormatError
-from tonfa.quantize.moments import InputMoments
+from tonfa.quantizer.moments import InputMoments
 
 DAMPING = 0.01
 """Of the mean diagonal, added to the diagonal: GPTQ's."""
@@ -22,12 +23,18 @@ RETRIES = 8
 
 @dataclass(frozen=True)
 class Hessian:
-    """H (K, K), damped, in one order of its channels. All float32; the factors are found in float64."""
+    """H (K, K), damped, in one order of its channels. All float32; V is found in float64, U from V in float32."""
 
     matrix: Tensor  # (K, K), channels in their own order
     order: Tensor  # (K,) int64: the channel that is quantized first, second, ...
     factor: Tensor  # (K, K) V, upper triangular, in `order`
-    inverse: Tensor  # (K, K) U = V^-1, upper triangular, in `order`
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(K, K) U = V^-1, upper triangular, in `order`: three times the work of V, and not every solver needs it."""
+        identity = torch.eye(len(self.order), device=self.factor.device)
+        inverse: Tensor = torch.linalg.solve_triangular(self.factor, identity, upper=True)
+        return inverse
 
     def whiten(self, error: Tensor) -> Tensor:
         """(N, K) -> (N, K) whose squares sum to the squared output error."""
@@ -49,22 +56,24 @@ def factor_hessian(second: Tensor, name: str = "linear", damping: float = DAMPIN
 
     Raises FormatError, naming the linear, if the moments are no covariance: not finite, or far from semi-definite.
     """
-    matrix = second.double()
-    mean = matrix.diagonal().mean()
+    power = second.diagonal().double()
+    mean = power.mean()
     if not torch.isfinite(mean) or mean < 0:
         raise FormatError(f"{name}: its input's moments are not finite; a calibration input held NaN or Inf")
     mean = torch.where(mean > 0, mean, 1.0)
-    order = matrix.diagonal().argsort(descending=True, stable=True)
+    order = power.argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    ordered = second[backwards.unsqueeze(1), backwards].double()
     for retry in range(RETRIES):
-        damped = matrix.clone()
-        damped.diagonal().add_(mean * damping * 2**retry)
-        reversed_order = order.flip(0)
-        lower, info = torch.linalg.cholesky_ex(damped[reversed_order][:, reversed_order])
+        damped = power + mean * damping * 2**retry
+        ordered.diagonal().copy_(damped[backwards])
+        lower, info = torch.linalg.cholesky_ex(ordered)
         if int(info) == 0:
-            factor = lower.flip(0, 1)
-            identity = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
-            inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
-            return Hessian(damped.float(), order, factor.float().contiguous(), inverse.float().contiguous())
+            del ordered
+            factor = lower.float().flip(0, 1).contiguous()
+            matrix = second.to(torch.float32, copy=True)
+            matrix.diagonal().copy_(damped)
+            return Hessian(matrix, order, factor)
     raise FormatError(f"{name}: its input's moments are no covariance; collect them anew")
 
 

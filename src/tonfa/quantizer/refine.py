@@ -11,22 +11,8 @@ import torch
 from torch import Tensor
 
 from tonfa.formats import GROUP_SIZE
-from tonfa.quantize.hessian import Hessian
-
-
-def _recode(
-    codes: Tensor,  # (G, N), changed in place
-    step: Tensor,  # (N,)
-    gradient: Tensor,  # (G, N) half the derivative of the error by the weights, changed in place
-    local: Tensor,  # (G, G) the Hessian among the group's channels
-    lowest: int,
-) -> None:
-    inverse_step = torch.where(step == 0, 0.0, step.reciprocal())
-    power = local.diagonal()
-    for j in range(codes.shape[0]):
-        best = (codes[j] - gradient[j] * (inverse_step / power[j])).round_().clamp_(lowest, 7)
-        gradient.addr_(local[j], (best - codes[j]).mul_(step))
-        codes[j] = torch.where(step == 0, codes[j], best)
+from tonfa.quantizer.columns import recode_columns
+from tonfa.quantizer.hessian import Hessian
 
 
 def _rescale(codes: Tensor, step: Tensor, gradient: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,9 +42,9 @@ def refine(
             columns = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
             rows = hessian.matrix[columns]
             gradient, local = rows @ error.T, rows[:, columns]
-            chosen, step = codes[:, columns].T.contiguous(), scales[:, group]
+            chosen, step = codes[:, columns].T, scales[:, group]
             before = chosen * step
-            _recode(chosen, step, gradient, local, lowest)
+            chosen, gradient = recode_columns(chosen, step, gradient, local, lowest)
             step = _rescale(chosen, step, gradient, local, dtype)
             error[:, columns] += (chosen * step - before).T
             codes[:, columns], scales[:, group] = chosen.T, step

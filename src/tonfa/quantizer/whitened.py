@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tonfa.quantize.hessian import Hessian
-from tonfa.quantize.lowrank import Factors, low_rank
+from tonfa.quantizer.hessian import Hessian
+from tonfa.quantizer.lowrank import Factors, low_rank
 
 
 def whitened_low_rank(matrix: Tensor, hessian: Hessian, rank: int, *, start: Tensor | None, seed: int) -> Factors:

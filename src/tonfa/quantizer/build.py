@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tonfa.checkpoint.strict import Spec
 from tonfa.plan import BlockPlan, LinearPlan
-from tonfa.quantize.calibration import Collector, Observe, Walk, input_owner
-from tonfa.quantize.checks import check_finite, check_linear
-from tonfa.quantize.memory import enough_memory
-from tonfa.quantize.moments import InputMoments
-from tonfa.quantize.planned import gather, planned_spec, quantize_planned, relative_error
-from tonfa.quantize.recipe import Recipe, find_smoothing
+from tonfa.quantizer.calibration import Collector, Observe, Walk, input_owner
+from tonfa.quantizer.checks import check_finite, check_linear
+from tonfa.quantizer.memory import enough_memory
+from tonfa.quantizer.moments import InputMoments
+from tonfa.quantizer.planned import gather, planned_spec, quantize_planned, relative_error
+from tonfa.quantizer.recipe import Recipe, find_smoothing
 
 Finished = Callable[[str, float], None]
 """Told each linear's name and the relative error of its weight."""

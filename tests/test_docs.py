@@ -1,0 +1,81 @@
+"""What the documents say: the script for any model runs, the method's figures are those of the records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-zen4.jsonl"
+METHOD = (ROOT / "docs" / "method.md").read_text()
+
+
+def test_script_for_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "any-model.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(code, "docs/any-model.md", "exec"), names)
+    args, kwargs = names["sample"](9)
+    with torch.no_grad():
+        found, expected = names["same"](*args, **kwargs)[0], names["model"](*args, **kwargs)[0]
+    assert torch.equal(found, expected) and expected.std() > 0
+
+
+def errors(size: int, rank: int, seed: int) -> dict[tuple[str, str], float]:
+    """Geometric means by recipe and kind of inputs."""
+    case = {"kind": "geomean", "size": size, "rank": rank, "seed": seed}
+    lines = [json.loads(text) for text in RESULTS.read_text().splitlines()]
+    return {
+        (line["variant"], line["case"]["activations"]): line["value"]
+        for line in lines
+        if line["bench"] == "error" and case.items() <= line["case"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ("rounding alone", ("rtn", "int4")),
+        ("NF4 weights, 16-bit inputs", ("nf4-weight-only", "none")),
+        ("INT8 weights and inputs", ("int8-w8a8", "int8")),
+        ("`svdquant`, the paper's", ("svdquant", "int4")),
+        ("`svdquant-gptq`, as released", ("svdquant-gptq", "int4")),
+        ("**`tonfa`**", ("tonfa", "int4")),
+        ("**`tonfa`, the same checkpoint**", ("tonfa", "fp8")),
+        ("`svdquant` without data", ("svdquant-data-free", "int4")),
+        ("**`tonfa` without data**", ("tonfa-data-free", "int4")),
+    ],
+)
+def test_table_of_the_method_is_that_of_the_records(row: str, key: tuple[str, str]) -> None:
+    (rest,) = re.findall(rf"^\| {re.escape(row)} \|(.*)\|$", METHOD, re.MULTILINE)
+    _, values, ratios = (re.findall(r"\d[\d.]*", cell) for cell in rest.split("|"))
+    for seed in (0, 1):
+        found = errors(1536, 32, seed)
+        assert math.isclose(float(values[seed]), found[key], abs_tol=6e-4)
+        paper = found[key] / found["svdquant", "int4"]
+        assert math.isclose(float(ratios[seed if len(ratios) > 1 else 0]), paper, abs_tol=6e-3)
+        if len(ratios) == 4:
+            without_data = found[key] / found["svdquant-data-free", "int4"]
+            assert math.isclose(float(ratios[2 + seed]), without_data, abs_tol=6e-4)
+
+
+def test_figure_is_drawn_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "rank_figure", raising=False)
+    import rank_figure
+
+    lines = RESULTS.read_text().splitlines()
+    curves = {series: rank_figure.points(lines, series, 768, 0) for series in rank_figure.SERIES}
+    for series, curve in curves.items():
+        assert list(curve) == [16, 32, 64, 128]
+        assert all(error == errors(768, rank, 0)[series.variant, series.activations] for rank, error in curve.items())
+    assert rank_figure.draw(curves, 768) == (ROOT / "docs" / "error-against-rank.svg").read_text()
