@@ -24,7 +24,7 @@ class HopperActivation(QuantizedActivation):
     rank_start: int  # the first of this linear's columns of lowrank
     rank: int
     norms: Tensor | None = None
-    """(M padded,) float32: at least the l2 norm of each row of codes * scales."""
+    """(M,) float32 or more: at least the l2 norm of each row of codes * scales."""
 
     def split(self, ranks: tuple[int, ...]) -> tuple[QuantizedActivation, ...]:
         """The same input for each of several linears, with its own columns of `lowrank`."""

@@ -104,7 +104,7 @@ def kernel(dtype: torch.dtype, rank: int, norm: bool, known: bool, channels: int
     groups = 4 if known else 1
     tiles = _AHEAD if known else _tiles_a_warp(channels)
     shared = max(tiles * _TILE_SHARED, 8 * 16 * (8 * blocks + 1) * 4)
-    values = {"NORM": norm, "KNOWN": known, "GROUPS": groups, "RANK_BLOCKS": blocks, "IN_FP16": dtype == torch.float16}
+    values = {"NORM": norm, "KNOWN": known, "GROUPS": groups, "RANK_BLOCKS": blocks, "FP16": dtype == torch.float16}
     defines = tuple((name, str(int(value))) for name, value in values.items())
     return Kernel("quantize", defines, (Quantize,), _THREADS, shared, "tonfa.kernels.hopper", "a")
 

@@ -1,6 +1,6 @@
 // The input of an SVDQuant linear on Hopper, in one kernel: LayerNorm and modulation (NORM), smoothing, e4m3 rows,
-// low-rank down-projection. Written for NVRTC: no headers. NORM, KNOWN, GROUPS, RANK_BLOCKS, IN_FP16 are defined by the
-// caller.
+// low-rank down-projection. Written for NVRTC: no headers but ours. NORM, KNOWN, GROUPS, RANK_BLOCKS and FP16 are
+// defined by the caller.
 //
 // codes = e4m3(y / smooth / x_scale), x_scale = absmax(y / smooth) / 448, lora = (y down) / x_scale, with y = x or
 // y = LayerNorm(x) * scale + shift rounded to 16 bits. KNOWN: the absmax was gathered by the kernel that wrote x; then
@@ -14,6 +14,7 @@
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
+#include "numbers.cuh"
 
 constexpr int SLICES = 8 / GROUPS;  // warps that share 16 rows
 constexpr int ROWS = 16 * GROUPS;
@@ -38,38 +39,8 @@ struct Quantize {
   int m, m_pad, k, rank, length, modulation_stride;
 };
 
-__device__ __forceinline__ float to_float(uint16_t v) {
-#if IN_FP16
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-  return f;
-#else
-  return __uint_as_float((uint32_t)v << 16);
-#endif
-}
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t d;
-#if IN_FP16
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-#endif
-  return d;
-}
-__device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
-  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) f[2 * i] = to_float((uint16_t)u[i]), f[2 * i + 1] = to_float((uint16_t)(u[i] >> 16));
-}
-__device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) {
-  uint32_t v;
-  asm("{\n.reg .b16 l, h;\ncvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\nmov.b32 %0, {l, h};\n}"
-      : "=r"(v)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return v;
-}
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-#if IN_FP16
+#if FP16
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
