@@ -40,7 +40,7 @@ struct Product {
   const float* factors;      // NORM_ROPE_FP8: (3) what q, k and v are multiplied with
   const float* next_inverse; // (N) 1 / smooth of the linear that reads a GELU
   uint32_t* absmax;          // GELU: (M) float bits, gathers |gelu(y) / smooth|
-  const float* norms;        // GELU_QUANTIZE: (m_pad) bounds of |x / smooth|
+  const float* norms;        // GELU_QUANTIZE: (M) bounds of |x / smooth|
   const float* bound;        // GELU_QUANTIZE: (2) |gelu(y) / smooth| is at most norm * bound[0] + bound[1]
   const uint8_t* next_down;  // GELU_QUANTIZE: (N/64, next_rank, 64) 16-bit, swizzled
   uint8_t* next_codes;       // (N/128, m_pad, 128)
