@@ -1,11 +1,6 @@
 // Runs the epilogue alone: `w` holds the product (M, N), which a block lays out as its finished tile.
 #include "simt.hpp"
 #include "hopper.hpp"
-static void unpack(uint4 v, float (&f)[8]) {
-  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
-  for (int e = 0; e < 8; ++e) f[e] = to_float(uint16_t(u[e / 2] >> 16 * (e % 2)));
-}
-static uint4 packed(const float (&f)[8]) { return {pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7])}; }
 static float2 half_pair(uint32_t v) { return {from_fp16(uint16_t(v)), from_fp16(uint16_t(v >> 16))}; }
 static float gelu(float x) { return 0.5f * x * (1 + std::tanh(0.79788456080f * x + 0.035677408136f * x * x * x)); }
 static void atomicMax(uint32_t* p, uint32_t v) { *p = std::max(*p, v); }

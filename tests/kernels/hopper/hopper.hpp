@@ -1,13 +1,18 @@
-// What device/instructions.cuh declares, on a CPU; to be included behind simt.hpp.
+// What device/asynchronous.cuh, numbers.cuh and instructions.cuh declare, on a CPU; to be included behind simt.hpp.
 #pragma once
 #include <map>
 
 static void earlier_kernels_done() {}
 static void next_kernel_may_start() {}
-static float to_float(uint16_t v) { return IN_FP16 ? from_fp16(v) : from_bf16(v); }
+static float to_float(uint16_t v) { return FP16 ? from_fp16(v) : from_bf16(v); }
 static uint32_t pack(float low, float high) {
-  return IN_FP16 ? uint32_t(to_fp16(high)) << 16 | to_fp16(low) : uint32_t(to_bf16(high)) << 16 | to_bf16(low);
+  return FP16 ? uint32_t(to_fp16(high)) << 16 | to_fp16(low) : uint32_t(to_bf16(high)) << 16 | to_bf16(low);
 }
+static void unpack(uint4 v, float (&f)[8]) {
+  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
+  for (int e = 0; e < 8; ++e) f[e] = to_float(uint16_t(u[e / 2] >> 16 * (e % 2)));
+}
+static uint4 packed(const float (&f)[8]) { return {pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7])}; }
 static uint32_t e4m3(float v) {
   const uint32_t sign = __float_as_uint(v) >> 24 & 0x80;
   if (v != v) return sign | 0x7f;
@@ -31,7 +36,7 @@ static uint32_t from_e4m3(uint16_t pair) {
 static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   float* sums[4] = {d, d + 1, d + 2, d + 3};
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-  multiply_16bit(sums, a, b, IN_FP16 ? from_fp16 : from_bf16);
+  multiply_16bit(sums, a, b, FP16 ? from_fp16 : from_bf16);
 }
 
 static uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
@@ -55,17 +60,20 @@ static uint32_t warp_max(uint32_t v) {
   return v;
 }
 
-// A copy of the copy engine is made when its barrier is waited for; until then its bytes are NaN.
+// A copy of the copy engine is made when its barrier is waited for; until then its bytes are NaN. Barriers have one copy.
 struct Bulk { char* to; const char* from; int bytes; bool done; };
 static std::map<uint32_t, Bulk> bulks;
-static void barrier_init(uint32_t bar) { bulks.erase(bar); }
+static std::map<uint32_t, int> expected;
+static void barrier_init(uint32_t bar, int) { bulks.erase(bar), expected.erase(bar); }
 static void barriers_ready() {}
+static void barrier_expect(uint32_t bar, int bytes) { expected[bar] = bytes; }
 static void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
   if (size_t(from) % 16 || size_t(shared(to)) % 16 || bytes % 16 || bulks.count(bar)) misaligned = true;
+  if (expected[bar] != bytes) misaligned = true;
   memset(shared(to), 0xff, bytes);
   bulks[bar] = {shared(to), static_cast<const char*>(from), bytes, false};
 }
-static void barrier_wait(uint32_t bar) {
+static void barrier_wait(uint32_t bar, int) {
   while (!bulks.count(bar)) yield_();
   Bulk& bulk = bulks[bar];
   if (!bulk.done) memcpy(bulk.to, bulk.from, bulk.bytes);

@@ -41,7 +41,8 @@ def library(kernel: Kernel, folder: Path) -> Any:
     for name, text in _device_code("tonfa.kernels.hopper").items():
         text = re.sub(r"extern __shared__ .*? memory\[\];", "alignas(128) static uint8_t memory[232448];", text)
         (place / name).write_text(text.replace("#pragma unroll", ""))
-    (place / "instructions.cuh").write_text("")
+    for name in ("asynchronous.cuh", "numbers.cuh", "instructions.cuh"):
+        (place / name).write_text("")
     (struct,) = kernel.parameters
     call = f"{kernel.name}(*static_cast<{struct.__name__}*>(parameter))"
     (place / "main.cpp").write_text(

@@ -72,7 +72,7 @@ def kernel(dtype: torch.dtype, norm: bool, channels: int, rows: int, from_fp8: b
         "FROM_FP8": from_fp8,
         "CHANNELS": channels,
         "ROW_BLOCKS": blocks,
-        "IN_FP16": dtype == torch.float16,
+        "FP16": dtype == torch.float16,
     }
     defines = tuple((name, str(int(value))) for name, value in values.items())
     shared = min(_shared_bytes(channels, 8 * blocks), _SHARED)

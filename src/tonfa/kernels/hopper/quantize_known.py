@@ -42,7 +42,7 @@ def kernel(dtype: torch.dtype, rank: int) -> Kernel:
     """The kernel for inputs of this dtype and branches of about this rank."""
     blocks = next(blocks for blocks in (4, 8, 16, 32) if rank <= 8 * blocks)
     shared = max(_SHARED, 2 * _ROWS * (8 * blocks + 1) * 4)
-    defines = (("RANK_BLOCKS", str(blocks)), ("IN_FP16", str(int(dtype == torch.float16))))
+    defines = (("RANK_BLOCKS", str(blocks)), ("FP16", str(int(dtype == torch.float16))))
     return Kernel(
         "quantize_known", defines, (QuantizeKnown,), _THREADS, shared, "tonfa.kernels.hopper", "a", early=True
     )

@@ -3,6 +3,8 @@
 
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
 
 // Programmatic dependent launch. After `earlier_kernels_done` all that earlier kernels wrote can be read and all that they
 // read can be overwritten, since every kernel calls it before it lets the next one start.
@@ -14,6 +16,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint
 __device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
 }
+// Barriers that one thread has initialized can be used by the copy engine.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }

@@ -19,6 +19,11 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 #endif
   return d;
 }
+__device__ __forceinline__ uint16_t to_bf16(float v) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(v));
+  return (uint16_t)pair;
+}
 __device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
   const uint32_t u[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -38,6 +43,18 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
       : "=r"(v)
       : "f"(a), "f"(b), "f"(c), "f"(d));
   return v;
+}
+// Two e4m3 numbers to two of 16 bits.
+__device__ __forceinline__ uint32_t from_e4m3(uint16_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+#if FP16
+  return halves;
+#else
+  float low, high;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(halves));
+  return pack(low, high);
+#endif
 }
 __device__ __forceinline__ float gelu(float x) {
   float t;

@@ -1,6 +1,6 @@
 // The input of an SVDQuant linear on Hopper, in one kernel: LayerNorm and modulation (NORM), smoothing, e4m3 rows, a
 // bound of their norms, low-rank down-projection. Written for NVRTC. NORM, FROM_FP8, CHANNELS (K), ROW_BLOCKS (of 8
-// rows), IN_FP16 are defined by the caller.
+// rows), FP16 are defined by the caller.
 //
 // codes = e4m3(y / smooth / x_scale), x_scale = absmax(y / smooth) / 448, lora = (y down) / x_scale, with y = x or
 // y = LayerNorm(x) * scale + shift rounded to 16 bits. FROM_FP8: x is e4m3 in units of *unit, which only x_scale and
@@ -21,7 +21,7 @@ constexpr int STRIDE = 2 * CHANNELS + 64;  // of rows in shared memory: two rows
 constexpr int TURN = PIECES <= 5 ? 2 : 1;
 constexpr int KEPT = PIECES <= 3 ? PIECES : 1;  // pieces whose weights stay in registers
 constexpr int RANKS = 32;  // of a warp
-constexpr uint32_t ONES = IN_FP16 ? 0x3C003C00u : 0x3F803F80u;
+constexpr uint32_t ONES = FP16 ? 0x3C003C00u : 0x3F803F80u;
 
 constexpr int X_BYTES = FROM_FP8 ? 1 : 2;  // of a channel
 
@@ -67,6 +67,12 @@ __device__ __forceinline__ float norm_bound(float squares, float absmax, float x
 // Whether these 32 channels of a tile do not exist.
 __device__ __forceinline__ bool beyond(int tile, int b) { return CHANNELS % 128 && b >= 2 && tile == TILES - 1; }
 
+// One copy of whole 16-byte pieces, all that the barrier waits for.
+__device__ __forceinline__ void load_expected(uint32_t to, const void* from, int bytes, uint32_t bar) {
+  barrier_expect(bar, bytes);
+  load_bulk(to, from, bytes, bar);
+}
+
 // 8 channels of a row.
 __device__ __forceinline__ uint4 read_piece(const uint8_t* from) {
 #if FROM_FP8
@@ -96,15 +102,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   const uint32_t arrived = shared_address(arrivals);
 
   if (lane == 0) {
-    for (int i = warp; i < count; i += WARPS) barrier_init(arrived + 8 * i);
-    if (warp == WARPS - 1) barrier_init(arrived + 8 * ROWS);
+    for (int i = warp; i < count; i += WARPS) barrier_init(arrived + 8 * i, 1);
+    if (warp == WARPS - 1) barrier_init(arrived + 8 * ROWS, 1);
     barriers_ready();
     for (int i = warp; i < count; i += WARPS) {
       const int m = m0 + i, batch = m / a.length;
       const uint8_t* from = a.x + (batch * a.batch_stride + (m - batch * a.length) * a.row_stride) * X_BYTES;
-      load_bulk(shared_address(rows + i * STRIDE), from, CHANNELS * X_BYTES, arrived + 8 * i);
+      load_expected(shared_address(rows + i * STRIDE), from, CHANNELS * X_BYTES, arrived + 8 * i);
     }
-    if (warp == WARPS - 1) load_bulk(shared_address(inverses), a.inverse, CHANNELS * 4, arrived + 8 * ROWS);
+    if (warp == WARPS - 1) load_expected(shared_address(inverses), a.inverse, CHANNELS * 4, arrived + 8 * ROWS);
   }
 
   const int team = threadIdx.x / TEAM, t = threadIdx.x % TEAM;
@@ -155,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
       for (int r = 0; r < TURN; ++r) {
         const int i = row + min(r, n - 1);
         at[r] = rows + i * STRIDE;
-        barrier_wait(arrived + 8 * i);
+        barrier_wait(arrived + 8 * i, 0);
       }
       __syncwarp();
 #if NORM
@@ -224,14 +230,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
           float f[8];
           unpack(v[r][p], f);
 #if NORM
-          uint32_t y[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            y[e] = pack(fmaf(fmaf(f[2 * e], rstd[r], offset[r]), s[2 * e], h[2 * e]),
-                        fmaf(fmaf(f[2 * e + 1], rstd[r], offset[r]), s[2 * e + 1], h[2 * e + 1]));
-          const uint4 packed = make_uint4(y[0], y[1], y[2], y[3]);
-          if (exists(p)) *(uint4*)(at[r] + column_of(p) * 2) = packed;
-          unpack(packed, f);
+          for (int e = 0; e < 8; ++e) f[e] = fmaf(fmaf(f[e], rstd[r], offset[r]), s[e], h[e]);
+          const uint4 y = packed(f);
+          if (exists(p)) *(uint4*)(at[r] + column_of(p) * 2) = y;
+          unpack(y, f);
 #endif
 #pragma unroll
           for (int e = 0; e < 8; ++e) {
@@ -284,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   };
 #pragma unroll
   for (int b = 0; b < 4; ++b) read(slice, b);
-  if (threadIdx.x == 0) barrier_wait(arrived + 8 * ROWS);
+  if (threadIdx.x == 0) barrier_wait(arrived + 8 * ROWS, 0);
   __syncthreads();
 
   // Rows that a block lacks are whatever lies there, and stay in their own columns; its memory ends with row a.rows - 1.

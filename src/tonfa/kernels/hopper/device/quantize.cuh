@@ -1,12 +1,8 @@
 // What both quantizers do with a piece of 8 channels of a row.
 #pragma once
+#include "asynchronous.cuh"
+#include "numbers.cuh"
 #include "instructions.cuh"
-
-__device__ __forceinline__ void unpack(uint4 v, float (&f)[8]) {
-  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) f[2 * i] = to_float((uint16_t)u[i]), f[2 * i + 1] = to_float((uint16_t)(u[i] >> 16));
-}
 
 // The first four codes and the last four.
 __device__ __forceinline__ void encode(uint4 y, const float (&inverse)[8], float reciprocal, uint32_t& first, uint32_t& second) {

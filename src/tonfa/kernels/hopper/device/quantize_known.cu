@@ -1,5 +1,5 @@
 // The input of an SVDQuant linear on Hopper whose rows' largest magnitudes are known, gathered by the kernel that wrote
-// x: smoothing, e4m3 rows, low-rank down-projection. Written for NVRTC. RANK_BLOCKS, IN_FP16 are defined by the caller.
+// x: smoothing, e4m3 rows, low-rank down-projection. Written for NVRTC. RANK_BLOCKS, FP16 are defined by the caller.
 //
 // codes = e4m3(x / smooth / x_scale), x_scale = absmax / 448, lora = (x down) / x_scale. The channels are split over
 // blocks too, and the last block of some rows adds up the partial sums of lora in order.
