@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from support import pretend_gpu
 from tonfa import dispatch
 from tonfa.errors import UnsupportedError
 from tonfa.kernels.attention import choices
@@ -55,13 +56,15 @@ def test_attention_is_a_choice_with_reasons(monkeypatch: pytest.MonkeyPatch) -> 
     assert dispatch.bind_attention(CPU, "sdpa") is None
     with pytest.raises(UnsupportedError, match="attention='fp16' is unknown; choose one of sdpa, fp8"):
         dispatch.bind_attention(CPU, "fp16")
-    with pytest.raises(UnsupportedError, match="attention='fp8' does not run on cpu: it computes on a CUDA GPU"):
+    with pytest.raises(
+        UnsupportedError, match="attention='fp8' does not run on cpu: it computes on CUDA GPUs, not on cpu"
+    ):
         dispatch.bind_attention(CPU, "fp8")
     gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    pretend_gpu(monkeypatch, (8, 9))
     with pytest.raises(UnsupportedError, match="needs sm_90 or newer, this GPU is sm_89"):
         dispatch.bind_attention(gpu, "fp8")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pretend_gpu(monkeypatch, (9, 0))
     for package, remedy in (("triton", "pip install triton"), ("cudnn", r"pip install 'tonfa\[cudnn\]'")):
         monkeypatch.setattr(choices, "find_spec", lambda name, package=package: None if name == package else True)
         with pytest.raises(UnsupportedError, match=remedy):
@@ -72,7 +75,7 @@ def test_attention_is_a_choice_with_reasons(monkeypatch: pytest.MonkeyPatch) -> 
 def test_attention_is_fp8_by_itself_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "find_spec", lambda name: True)
     for capability, choice in (((8, 9), "sdpa"), ((9, 0), "fp8"), ((10, 0), "sdpa")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        pretend_gpu(monkeypatch, capability)
         assert choices.automatic(torch.device("cuda")) == choice
     assert choices.automatic(CPU) == "sdpa" and dispatch.bind_attention(CPU, "auto") is None
 
@@ -89,7 +92,7 @@ def test_the_error_tells_what_was_tried() -> None:
 def test_default_policy_of_each_gpu(
     capability: tuple[int, int], activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    pretend_gpu(monkeypatch, capability)
     for module in (compiler, launch):
         monkeypatch.setattr(module, "problem", lambda: None)
     assert dispatch.default_activations(torch.device("cuda")) == activations
@@ -97,3 +100,35 @@ def test_default_policy_of_each_gpu(
 
 def test_default_policy_of_the_cpu() -> None:
     assert dispatch.default_activations(CPU) == "int8"
+
+
+@pytest.mark.parametrize(
+    ("devices", "cuda", "index", "reason"),
+    [
+        (0, None, None, "no CUDA device: this build of PyTorch has no CUDA, install one from https://pytorch.org"),
+        (0, "13.0", 0, "no CUDA device: PyTorch finds no GPU, check the driver with nvidia-smi"),
+        (1, "13.0", 1, "no CUDA device 1: PyTorch finds 1, counted from 0"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_a_reason(
+    devices: int, cuda: str | None, index: int | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capability(device: object) -> tuple[int, int]:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    gpu = torch.device("cuda") if index is None else torch.device("cuda", index)
+    for activations in ACTIVATIONS:
+        rows = dispatch.report(gpu, activations)
+        assert not any(row.runs for row in rows)
+        assert {row.note for row in rows if row.backend in ("reference", "fp8")} == {reason}
+        with pytest.raises(UnsupportedError, match=reason):
+            dispatch.bind(gpu, activations)
+    with pytest.raises(UnsupportedError, match=f"nothing computes on {gpu}: {reason}"):
+        dispatch.default_activations(gpu)
+    assert dispatch.bind_attention(gpu, "auto") is None
+    with pytest.raises(UnsupportedError, match=reason):
+        dispatch.bind_attention(gpu, "fp8")

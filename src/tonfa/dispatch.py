@@ -20,6 +20,7 @@ from tonfa.kernels import dense, reference
 from tonfa.kernels.attention.choices import CHOICES, automatic
 from tonfa.kernels.cpu import backend as cpu
 from tonfa.kernels.cuda import backend as cuda
+from tonfa.kernels.gpu import reason_against_gpu
 from tonfa.kernels.hopper import backend as hopper
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused, w4a16
@@ -74,8 +75,14 @@ class Availability:
 
 
 def default_activations(device: torch.device) -> Activations:
-    """The policy that is taken where the user names none: the fastest that can be computed natively here."""
+    """The policy that is taken where the user names none: the fastest that can be computed natively here.
+
+    Raises UnsupportedError for a GPU that is not there.
+    """
     if device.type == "cuda":
+        reason = reason_against_gpu(device)
+        if reason is not None:
+            raise UnsupportedError(f"nothing computes on {device}: {reason}")
         capability = torch.cuda.get_device_capability(device)
         if capability in cuda.NATIVE:
             lacking = cuda.BACKEND.missing()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tonfa.kernels.gpu import reason_against_gpu
 from tonfa.ops import attention, product, quantize, w4a16
 from tonfa.ops.activation import ACTIVATIONS, Activations, InputWeights
 from tonfa.ops.table import Backend
@@ -40,6 +41,8 @@ def table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
 
 
 def _reason_against(device: torch.device, activations: Activations) -> str | None:
+    if device.type == "cuda":
+        return reason_against_gpu(device)
     return "the meta device computes nothing" if device.type == "meta" else None
 
 

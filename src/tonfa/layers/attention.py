@@ -14,7 +14,7 @@ from tonfa.layers.bound import BoundModule
 from tonfa.layers.fused import FusedLinear, QuantizedInput
 from tonfa.ops.activation import QuantizedActivation, ScaledFP8
 from tonfa.ops.attention_fp8 import QuantizedHeads
-from tonfa.ops.fused import Projection, Rotary
+from tonfa.ops.fused import Projection, Rotary, empty_heads
 from tonfa.ops.table import DEFAULT_ATTENTION, AttentionKernels, parse_attention
 
 
@@ -47,8 +47,7 @@ def _heads(streams: Sequence[Stream], like: Tensor) -> tuple[Tensor, ...]:
         (s,) = streams
         return s.to_qkv.product_norm_rope(s.x, s.norm_q, s.norm_k, s.rotary)
     batch, heads, length, size = _shape(streams, like)
-    # In memory (B, L, H, D), as attention kernels return their output.
-    joint = like.new_empty((3, batch, length, heads, size)).transpose(2, 3)
+    joint = empty_heads(batch, heads, length, size, like.dtype, like.device)
     offset = 0
     for s in streams:
         s.to_qkv.product_norm_rope_into(s.x, s.norm_q, s.norm_k, s.rotary, joint, offset)
@@ -82,7 +81,7 @@ class Attention:
         self.choice, self._bound = parse_attention(choice), None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"choice": self.choice, "_bound": None}
+        return {**self.__dict__, "_bound": None}
 
     def _chosen(self, device: torch.device) -> AttentionKernels | None:
         if self._bound is None or self._bound[0] != device:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tonfa.layers.bound import Binding, BoundModule
+from tonfa.ops import fused
 from tonfa.ops.activation import InputWeights, QuantizedActivation, ScaledFP8
 from tonfa.ops.fused import Rotary
 
@@ -74,14 +75,7 @@ class FusedLinear(BoundModule):
             weights = bound.product_weights
             bound.kernels.product_norm_rope_into(x, weights, norm_q, norm_k, rotary, heads, offset)
             return
-        self._copy_heads(x, norm_q, norm_k, rotary, heads, offset)
-
-    def _copy_heads(
-        self, x: QuantizedInput, norm_q: Tensor, norm_k: Tensor, rotary: Rotary, heads: Tensor, offset: int
-    ) -> None:
-        places = heads[:, :, :, offset : offset + rotary[0].shape[0]]
-        for place, values in zip(places, self.product_norm_rope(x, norm_q, norm_k, rotary), strict=True):
-            place.copy_(values)
+        fused.write_heads(self.product_norm_rope(x, norm_q, norm_k, rotary), heads, offset)
 
     def product_gate_residual(self, x: QuantizedInput, residual: Tensor, gate: Tensor) -> Tensor:
         """Residual (B, L, N) + gate (B, N) * product."""

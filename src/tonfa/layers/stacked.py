@@ -88,7 +88,7 @@ class StackedLinear(FusedLinear):
         self, x: QuantizedInput, norm_q: Tensor, norm_k: Tensor, rotary: Rotary, heads: Tensor, offset: int
     ) -> None:
         """The same for a part of the tokens, copied to its place."""
-        self._copy_heads(x, norm_q, norm_k, rotary, heads, offset)
+        fused.write_heads(self.product_norm_rope(x, norm_q, norm_k, rotary), heads, offset)
 
     def product_gate_residual(self, x: QuantizedInput, residual: Tensor, gate: Tensor) -> Tensor:
         """Residual (B, L, N) + gate (B, N) * product."""

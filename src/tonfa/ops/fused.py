@@ -6,6 +6,7 @@ specification of that kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,6 +86,21 @@ def heads_norm_rope(
     return norm_rope(q, norm_q, rotary), norm_rope(k, norm_k, rotary), v.transpose(1, 2)
 
 
+def empty_heads(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(3, B, H, L, D) for q, k and v, uninitialized; in memory (B, L, H, D), in which attention returns its output."""
+    return torch.empty((3, batch, length, heads, head_dim), dtype=dtype, device=device).transpose(2, 3)
+
+
+def write_heads(
+    values: Sequence[Tensor],  # q, k, v: (B, H, L, D) each
+    heads: Tensor,  # (3, B, H, L_total, D)
+    offset: int,
+) -> None:
+    """Copy q, k and v to heads[:, :, :, offset : offset + L]."""
+    for place, value in zip(heads[:, :, :, offset : offset + values[0].shape[2]], values, strict=True):
+        place.copy_(value)
+
+
 def gate_residual(
     y: Tensor,  # (B, L, N)
     residual: Tensor,  # (B, L, N)
@@ -130,6 +146,24 @@ def product_norm_rope(
     return heads_norm_rope(ops.product(x, w), norm_q, norm_k, rotary)
 
 
+def product_norm_rope_by(
+    into: Callable[..., None],
+    x: QuantizedActivation,
+    rows: int,  # of x, B * L
+    w: Any,
+    columns: int,  # of w, 3 * H * D
+    norm_q: Tensor,  # (D,)
+    norm_k: Tensor,  # (D,)
+    rotary: Rotary,  # (L, D) each
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by a backend's `product_norm_rope_into`, which checks what it is given."""
+    length, size = rotary[0].shape
+    heads = empty_heads(rows // max(length, 1), columns // (3 * size), length, size, x.dtype, x.codes.device)
+    into(x, w, norm_q, norm_k, rotary, heads, 0)
+    q, k, v = heads.unbind(0)
+    return q, k, v
+
+
 def product_norm_rope_into(
     ops: Primitives,
     x: QuantizedActivation,  # B * L rows
@@ -141,9 +175,7 @@ def product_norm_rope_into(
     offset: int,
 ) -> None:
     """The same for a part of the tokens, written to heads[:, :, :, offset : offset + L]."""
-    places = heads[:, :, :, offset : offset + rotary[0].shape[0]]
-    for place, values in zip(places, product_norm_rope(ops, x, w, norm_q, norm_k, rotary), strict=True):
-        place.copy_(values)
+    write_heads(product_norm_rope(ops, x, w, norm_q, norm_k, rotary), heads, offset)
 
 
 def product_gate_residual(

@@ -25,7 +25,7 @@ def test_it_is_preferred_for_int8_on_the_cpu() -> None:
     assert dispatch.bind(CPU, "int8").backend == "cpu"
     rows = {r.op: r for r in dispatch.report(CPU, "int8") if r.backend == "cpu"}
     assert all(r.runs for r in rows.values())
-    assert {r.op for r in rows.values() if r.note != "kernel"} == {"w4a16_group"}
+    assert {r.op for r in rows.values() if r.note != "kernel"} == {"w4a16_group", "quantize_fp8"}
 
 
 def test_without_numba_the_reference_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:

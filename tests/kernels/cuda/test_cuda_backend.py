@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from support import outlier_input, random_modulation, random_weights
+from support import outlier_input, pretend_gpu, random_modulation, random_weights
 from tonfa import dispatch
 from tonfa.errors import UnsupportedError
 from tonfa.kernels.cuda import backend, compiler, launch
@@ -23,8 +23,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> tuple[int, int]:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    pretend_gpu(monkeypatch, request.param)
     for module in (compiler, launch):
         monkeypatch.setattr(module, "problem", lambda: None)
     dispatch._warn_once.cache_clear()
@@ -139,7 +138,7 @@ def test_float32_layers_are_computed_by_the_reference_and_the_log_says_so_once(
 
 
 def test_it_computes_on_no_other_device() -> None:
-    assert note(device=torch.device("cpu")) == (False, "it computes on NVIDIA GPUs, not on cpu")
+    assert note(device=torch.device("cpu")) == (False, "it computes on CUDA GPUs, not on cpu")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")

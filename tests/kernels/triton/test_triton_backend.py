@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton_cases import POLICIES, layer
 
-from support import outlier_input, relative_error
+from support import outlier_input, pretend_gpu, relative_error
 from tonfa import dispatch
 from tonfa.kernels.triton.attention import attention
 from tonfa.kernels.triton.scratch import Scratch
@@ -19,10 +19,6 @@ from tonfa.layers.modulation import W4A16Linear
 from tonfa.ops import attention as op
 
 CUDA = torch.device("cuda")
-
-
-def capability(monkeypatch: pytest.MonkeyPatch, number: tuple[int, int]) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: number)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +36,7 @@ def capability(monkeypatch: pytest.MonkeyPatch, number: tuple[int, int]) -> None
 def test_which_gpus_it_runs_on(
     number: tuple[int, int], activations: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capability(monkeypatch, number)
+    pretend_gpu(monkeypatch, number)
     assert dispatch.bind(CUDA, activations).backend == backend
 
 
@@ -48,7 +44,7 @@ def test_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(device: torch.device, activations: str) -> str:
         return next(r.note for r in dispatch.report(device, activations) if r.backend == "triton")
 
-    capability(monkeypatch, (8, 6))
+    pretend_gpu(monkeypatch, (8, 6))
     assert reason(CUDA, "fp8") == "activations='fp8' need a GPU of compute capability 8.9, this one has 8.6"
     assert reason(CUDA, "int8") == "kernel"
     assert reason(torch.device("cpu"), "int8") == "it computes on CUDA GPUs, not on cpu"

@@ -14,7 +14,7 @@ from tonfa.formats import FP8, INT8
 from tonfa.kernels.triton.product import pack_product, product
 from tonfa.kernels.triton.product_gate_residual import product_gate_residual
 from tonfa.kernels.triton.product_gelu_quantize import product_gelu_quantize
-from tonfa.kernels.triton.product_norm_rope import empty_heads, product_norm_rope, product_norm_rope_into
+from tonfa.kernels.triton.product_norm_rope import product_norm_rope, product_norm_rope_into
 from tonfa.kernels.triton.quantize import quantize
 from tonfa.ops import fused
 from tonfa.ops.activation import Activations, QuantizedActivation
@@ -142,7 +142,7 @@ def test_product_norm_rope(
         assert one.shape == other.shape == (BATCH, heads, length, size) and one.dtype == dtype
         assert relative_error(one, right) <= max(2 * relative_error(other, right), 3e-7)
 
-    out = empty_heads(BATCH, heads, 2 * length + 3, size, dtype, device).fill_(7)
+    out = fused.empty_heads(BATCH, heads, 2 * length + 3, size, dtype, device).fill_(7)
     product_norm_rope_into(x, packed, *norms, rotary, out, length + 3)
     for one, whole in zip(found, out, strict=True):
         assert torch.equal(whole[:, :, length + 3 :], one) and (whole[:, :, : length + 3] == 7).all()

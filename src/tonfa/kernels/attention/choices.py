@@ -6,12 +6,14 @@ from importlib.util import find_spec
 
 import torch
 
+from tonfa.kernels.gpu import reason_against_nvidia
 from tonfa.ops.table import AttentionChoice, AttentionKernels
 
 
 def _reason_against_fp8(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"it computes on a CUDA GPU, not on {device.type}"
+    reason = reason_against_nvidia(device)
+    if reason is not None:
+        return reason
     capability = torch.cuda.get_device_capability(device)
     if capability < (9, 0):
         return f"cuDNN's FP8 attention needs sm_90 or newer, this GPU is sm_{capability[0]}{capability[1]}"
@@ -35,5 +37,5 @@ CHOICES = (SDPA, FP8)
 
 def automatic(device: torch.device) -> str:
     """What "auto" stands for: FP8 on the GPUs where it was measured to pay, if all that it needs is there."""
-    measured = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return FP8.name if measured and FP8.reason_against(device) is None else SDPA.name
+    runs = FP8.reason_against(device) is None
+    return FP8.name if runs and torch.cuda.get_device_capability(device) == (9, 0) else SDPA.name

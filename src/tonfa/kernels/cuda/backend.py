@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tonfa.kernels import reference
+from tonfa.kernels.gpu import reason_against_nvidia
 from tonfa.kernels.route import route
 from tonfa.ops import fused
 from tonfa.ops import w4a16 as w4a16_op
@@ -28,10 +29,9 @@ _logger = logging.getLogger(__name__)
 
 
 def _reason_against(device: torch.device, activations: Activations) -> str | None:
-    if device.type != "cuda":
-        return f"it computes on NVIDIA GPUs, not on {device.type}"
-    if torch.version.cuda is None:
-        return "this build of PyTorch has no CUDA: install one from https://pytorch.org"
+    reason = reason_against_nvidia(device)
+    if reason is not None:
+        return reason
     capability = torch.cuda.get_device_capability(device)
     if capability not in NATIVE + EMULATED:
         major, minor = capability

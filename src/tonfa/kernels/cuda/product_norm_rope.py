@@ -52,12 +52,8 @@ def product_norm_rope(
     rotary: Rotary,  # (L, D) each
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v: three times (B, H, L, D) of x's dtype; in memory (B, L, H, D), attention's own order."""
-    rows, (length, size) = x.codes.shape[0], rotary[0].shape
-    shape = (3, rows // max(length, 1), length, w.out_features // (3 * size), size)
-    heads = torch.empty(shape, dtype=x.dtype, device=x.codes.device).transpose(2, 3)
-    product_norm_rope_into(x, w, norm_q, norm_k, rotary, heads, 0)
-    q, k, v = heads.unbind(0)
-    return q, k, v
+    rows, columns = x.codes.shape[0], w.out_features
+    return fused.product_norm_rope_by(product_norm_rope_into, x, rows, w, columns, norm_q, norm_k, rotary)
 
 
 def product_norm_rope_into(

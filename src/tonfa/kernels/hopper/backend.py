@@ -1,4 +1,4 @@
-"""The Hopper backend: FP8 activations on wgmma, 4-bit weights decoded on the way to it.
+"""The Hopper backend: FP8 activations and 4-bit weights expanded to FP8, on wgmma.
 
 Layers that its kernels do not take (float32, ranks that are no multiple of 16) go through Triton's. Modulations take
 the kernel of the CUDA backend.
@@ -13,6 +13,7 @@ import torch
 
 from tonfa.kernels.cuda import backend as cuda
 from tonfa.kernels.cuda.kernel import ELEMENTS
+from tonfa.kernels.gpu import reason_against_nvidia
 from tonfa.kernels.route import route
 from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused
@@ -22,8 +23,9 @@ from tonfa.weights import SVDQWeights, W4A16Weights
 
 
 def _reason_against(device: torch.device, activations: Activations) -> str | None:
-    if device.type != "cuda":
-        return f"it computes on Hopper GPUs, not on {device.type}"
+    reason = reason_against_nvidia(device)
+    if reason is not None:
+        return reason
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"it is written for sm_90, this GPU is sm_{capability[0]}{capability[1]}"

@@ -415,12 +415,8 @@ def product_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v: (B, H, L, D), in memory as (B, L, H, D)."""
     assert isinstance(x, HopperActivation)
-    length, size = rotary[0].shape
-    shape = (3, x.rows // max(length, 1), length, w.out_features // (3 * size), size)
-    heads = torch.empty(shape, dtype=x.dtype, device=x.codes.device).transpose(2, 3)
-    product_norm_rope_into(x, w, norm_q, norm_k, rotary, heads, 0)
-    q, k, v = heads.unbind(0)
-    return q, k, v
+    rows, columns = x.rows, w.out_features
+    return fused.product_norm_rope_by(product_norm_rope_into, x, rows, w, columns, norm_q, norm_k, rotary)
 
 
 def product_norm_rope_into(

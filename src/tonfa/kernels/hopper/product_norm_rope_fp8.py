@@ -14,7 +14,7 @@ from tonfa.kernels.attention.fp8_scales import Source, scales
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.product import HEAD_DIM, PackedProduct, start_heads
 from tonfa.ops.attention_fp8 import QuantizedHeads
-from tonfa.ops.fused import Projection
+from tonfa.ops.fused import Projection, empty_heads
 
 
 def _source(p: Projection) -> Source | None:
@@ -40,8 +40,7 @@ def product_norm_rope_fp8(
         known = scales(sources)
     lengths = [p.rotary[0].shape[0] for p in projections]
     batch, heads = sources[0].rows // lengths[0], projections[0].w.out_features // (3 * HEAD_DIM)
-    shape = (3, batch, sum(lengths), heads, HEAD_DIM)
-    joint = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device).transpose(2, 3)
+    joint = empty_heads(batch, heads, sum(lengths), HEAD_DIM, torch.float8_e4m3fn, device)
     offset = 0
     for p, length in zip(projections, lengths, strict=True):
         assert isinstance(p.x, HopperActivation)

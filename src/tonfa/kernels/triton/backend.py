@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from tonfa.kernels.gpu import reason_against_gpu
 from tonfa.ops.activation import Activations
 from tonfa.ops.table import Backend
 
 
 def _reason_against(device: torch.device, activations: Activations) -> str | None:
-    if device.type != "cuda":
-        return f"it computes on CUDA GPUs, not on {device.type}"
+    reason = reason_against_gpu(device)
+    if reason is not None:
+        return reason
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     capability = torch.cuda.get_device_capability(device)

@@ -7,18 +7,12 @@ in memory as (B, L, H, D), the order in which attention kernels return their out
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tonfa.errors import FormatError
 from tonfa.kernels.triton.product import PackedProduct, run
 from tonfa.ops.activation import QuantizedActivation
-from tonfa.ops.fused import Rotary
-
-
-def empty_heads(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(3, B, H, L, D) for q, k and v, uninitialized."""
-    return torch.empty((3, batch, length, heads, head_dim), dtype=dtype, device=device).transpose(2, 3)
+from tonfa.ops.fused import Rotary, product_norm_rope_by
 
 
 def product_norm_rope_into(
@@ -28,11 +22,11 @@ def product_norm_rope_into(
     norm_k: Tensor,  # (D,)
     rotary: Rotary,  # (L, D) each
     out: Tensor,  # (3, B, H, L_total, D), D contiguous
-    offset: int = 0,
+    offset: int,
 ) -> None:
     """Write q, k and v of these tokens to out[:, :, :, offset : offset + L]."""
     (length, size), m, n = rotary[0].shape, x.codes.shape[0], w.shape[0]
-    if m % length or n % (3 * size) or size not in (16, 32, 64, 128):
+    if length == 0 or m % length or n % (3 * size) or size not in (16, 32, 64, 128):
         raise FormatError(f"product_norm_rope: {m} rows of {n} do not divide into q, k, v of ({length}, {size})")
     target = out[:, :, :, offset : offset + length]
     if target.shape != (3, m // length, n // (3 * size), length, size) or target.stride(4) != 1:
@@ -49,9 +43,5 @@ def product_norm_rope(
     rotary: Rotary,  # (L, D) each
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, each (B, H, L, D) of x's dtype."""
-    length, size = rotary[0].shape
-    shape = (x.codes.shape[0] // length, w.shape[0] // (3 * size), length, size)
-    out = empty_heads(*shape, x.dtype, x.codes.device)
-    product_norm_rope_into(x, w, norm_q, norm_k, rotary, out)
-    q, k, v = out.unbind(0)
-    return q, k, v
+    rows, columns = x.codes.shape[0], w.shape[0]
+    return product_norm_rope_by(product_norm_rope_into, x, rows, w, columns, norm_q, norm_k, rotary)
