@@ -117,6 +117,16 @@ def test_output_object_and_tuple_agree() -> None:
         ({"encoder_hidden_states": torch.zeros(2, 13, 32)}, r"encoder_hidden_states: expected shape \(1, 13, 32\)"),
         ({"img_ids": torch.zeros(36, 3)}, r"img_ids: expected shape \(35, 3\), got \(36, 3\)"),
         ({"timestep": torch.zeros(2)}, r"timestep: expected shape \(1,\), got \(2,\)"),
+        ({"hidden_states": torch.zeros(35)}, r"hidden_states: expected \(batch, tokens, channels\) .* got \(35,\)"),
+        (
+            {"hidden_states": torch.zeros(1, 0, 128), "img_ids": torch.zeros(0, 3)},
+            "hidden_states: .* one token at least",
+        ),
+        (
+            {"encoder_hidden_states": torch.zeros(1, 0, 32), "txt_ids": torch.zeros(0, 3)},
+            "encoder_hidden_states: .* one",
+        ),
+        ({"controlnet_block_samples": []}, "controlnet_block_samples is empty; give None"),
         ({"guidance": None}, "the transformer needs guidance"),
         ({"pooled_projections": None, "txt_ids": None}, "the transformer needs pooled_projections, txt_ids"),
     ],
@@ -125,6 +135,45 @@ def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None
     fused = SVDQFluxTransformer2DModel.from_dense(dense_model(), recipe=None)
     with pytest.raises(FormatError, match=message):
         run(fused, {**inputs(fused), **change})
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 47), r"expected shape \(1, 48\) or what broadcasts to \(1, 2, 48, 48\), got \(1, 47\)"),
+        (torch.ones(2, 48), r"got \(2, 48\)"),
+        (torch.ones(1, 3, 48, 48), r"got \(1, 3, 48, 48\)"),
+        (torch.ones(1, 1, 1, 48, 48), r"got \(1, 1, 1, 48, 48\)"),
+        (torch.ones(48, 48, dtype=torch.long)[None], "expected torch.bool, torch.float32 .* got torch.int64 on cpu"),
+        (torch.ones(1, 48, device="meta"), "on cpu, got torch.bool on meta"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_named(mask: torch.Tensor, message: str) -> None:
+    fused = SVDQFluxTransformer2DModel.from_dense(dense_model(), recipe=None)
+    with pytest.raises(FormatError, match=f"attention_mask: .*{message}"):
+        run(fused, {**inputs(fused), "joint_attention_kwargs": {"attention_mask": mask}})
+
+
+def test_masks_of_every_form_agree() -> None:
+    fused = SVDQFluxTransformer2DModel.from_dense(dense_model(), recipe=None)
+    values = inputs(fused, 2)
+    mask = torch.ones(2, 48)
+    mask[:, 4:13] = 0
+    attends = mask.bool()[:, None, None]
+    added = torch.zeros(2, 1, 1, 48).masked_fill(~attends, float("-inf"))
+    expected = run(fused, {**values, "joint_attention_kwargs": {"attention_mask": mask}})
+    for form in (attends, attends.expand(2, 2, 48, 48), added):
+        found = run(fused, {**values, "joint_attention_kwargs": {"attention_mask": form}})
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_no_image_and_one_token() -> None:
+    dense = dense_model()
+    fused = SVDQFluxTransformer2DModel.from_dense(dense, recipe=None)
+    values = inputs(dense, image=(1, 1), text=1)
+    assert relative_error(run(fused, values), run(dense, values)) < 2e-6
+    none = {name: value if name.endswith("ids") else value[:0] for name, value in values.items()}
+    assert run(fused, none).shape == (0, 1, 64)
 
 
 def test_what_is_not_supported_says_so() -> None:

@@ -311,7 +311,9 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         """The velocity (B, L_img, out_channels), as `diffusers.FluxTransformer2DModel.forward` computes it.
 
         `joint_attention_kwargs` may hold `attention_mask` ((B, L), True or 1 attends, or broadcastable to
-        (B, H, L, L), L = L_txt + L_img) and `scale`, which only scales LoRA layers and has no effect here.
+        (B, H, L, L), where True attends and numbers are added to the scores, L = L_txt + L_img) and `scale`, which only
+        scales LoRA layers and has no effect here. Raises FormatError, naming the input, for shapes that do not fit, and
+        for no tokens.
         """
         inputs = _checked(
             self.config,
@@ -323,9 +325,15 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             txt_ids=txt_ids,
             guidance=guidance,
         )
-        mask = _attention_mask(joint_attention_kwargs)
+        mask = _attention_mask(self.config, joint_attention_kwargs, inputs)
         if mask is not None:
             inputs["mask"] = mask
+        for name, samples in (
+            ("controlnet_block_samples", controlnet_block_samples),
+            ("controlnet_single_block_samples", controlnet_single_block_samples),
+        ):
+            if samples is not None and not len(samples):
+                raise FormatError(f"{name} is empty; give None where a ControlNet has none")
         if controlnet_block_samples is None and controlnet_single_block_samples is None:
             sample = self._graphs.run(self, self._velocity, inputs)
         else:
@@ -398,6 +406,10 @@ def _checked(config: Any, **inputs: Tensor | None) -> dict[str, Tensor]:
     for name in ("img_ids", "txt_ids"):
         if given[name].ndim == 3:
             given[name] = given[name][0]
+    for name in ("hidden_states", "encoder_hidden_states"):
+        shape = tuple(given[name].shape)
+        if len(shape) != 3 or not shape[1]:
+            raise FormatError(f"{name}: expected (batch, tokens, channels) with one token at least, got {shape}")
     batch, img_length = given["hidden_states"].shape[:2]
     txt_length = given["encoder_hidden_states"].shape[1]
     expected = {
@@ -418,12 +430,28 @@ def _checked(config: Any, **inputs: Tensor | None) -> dict[str, Tensor]:
     return given
 
 
-def _attention_mask(joint_attention_kwargs: Mapping[str, Any] | None) -> Tensor | None:
+def _attention_mask(
+    config: Any, joint_attention_kwargs: Mapping[str, Any] | None, inputs: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The mask that is given, checked against the other inputs: broadcastable to (B, H, L, L)."""
     unknown = set(joint_attention_kwargs or {}) - {"attention_mask", "scale"}
     if unknown:
         names = ", ".join(sorted(unknown))
         raise UnsupportedError(f"joint_attention_kwargs: {names} not supported; known are attention_mask and scale")
     mask: Tensor | None = (joint_attention_kwargs or {}).get("attention_mask")
-    if mask is not None and mask.ndim == 2:
-        return mask.bool()[:, None, None, :]
+    if mask is None:
+        return None
+    img = inputs["hidden_states"]
+    length = inputs["encoder_hidden_states"].shape[1] + img.shape[1]
+    scores = (img.shape[0], config.num_attention_heads, length, length)
+    found, place = tuple(mask.shape), mask.device
+    if mask.ndim == 2:
+        mask = mask.bool()[:, None, None, :]
+    sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
+    if mask.ndim > 4 or any(size not in (1, whole) for size, whole in sizes):
+        expected = f"{(img.shape[0], length)} or what broadcasts to {scores}"
+        raise FormatError(f"attention_mask: expected shape {expected}, got {found}")
+    if mask.dtype not in (torch.bool, torch.float32, img.dtype) or place != img.device:
+        expected = f"torch.bool, torch.float32 or {img.dtype} on {img.device}"
+        raise FormatError(f"attention_mask: expected {expected}, got {mask.dtype} on {place}; convert it with .to()")
     return mask
