@@ -10,11 +10,13 @@ from torch import Tensor
 
 from support import outlier_input, random_modulation, random_weights, relative_error
 from tonfa import dispatch
+from tonfa.errors import FormatError
 from tonfa.formats import FP8, INT4
 from tonfa.kernels.hopper import layout, quantize, tiles
 from tonfa.kernels.hopper import product as products
-from tonfa.kernels.hopper.activation import HopperActivation
+from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
 from tonfa.kernels.hopper.expand import expand, wide_shape
+from tonfa.kernels.hopper.product_norm_rope_fp8 import product_norm_rope_fp8
 from tonfa.ops import attention_fp8, fused
 from tonfa.ops.activation import InputWeights, QuantizedActivation, ScaledFP8
 from tonfa.weights import SVDQWeights, W4A16Weights
@@ -332,6 +334,18 @@ def test_product_norm_rope_fp8(batch: int, lengths: tuple[int, ...], heads: int,
     assert torch.equal(found.v.float(), specified.v.float())
     unknown = [replace(p, x=replace(p.x, norms=None)) for p in projections]
     assert ours.product_norm_rope_fp8(unknown) is None
+
+
+@pytest.mark.parametrize(("heads", "batch"), [(1, 1), (2, 2)])
+def test_heads_that_do_not_go_together(heads: int, batch: int) -> None:
+    def projection(heads: int, batch: int, length: int) -> fused.Projection:
+        w = random_weights(3 * heads * 128, 64, 16, generator=torch.Generator().manual_seed(0))
+        x = empty_activation(batch * length, 64, 16, torch.bfloat16, torch.device("cpu"), torch.ones(batch * length))
+        table, norm = torch.ones(length, 128), torch.ones(128)
+        return fused.Projection(x, products.pack_product(w), norm, norm, (table, table))
+
+    with pytest.raises(FormatError, match="expected 2 images of 1 heads each, got"):
+        product_norm_rope_fp8([projection(1, 2, 7), projection(heads, batch, 5)])
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from test_hopper_backend import check_norms, check_quantized, plain
 from torch import Tensor
 
 from support import outlier_input
+from tonfa.errors import FormatError
 from tonfa.kernels.cuda.kernel import Kernel, Struct, _device_code
 from tonfa.kernels.hopper import inputs, quantize, quantize_known
 from tonfa.ops import fused
@@ -146,6 +147,28 @@ def test_quantize_fp8(batch: int, length: int, k: int, rank: int, dtype: torch.d
     found = quantize.quantize_fp8(x, inputs.pack_input(w))
     check_quantized(found, fused.quantize_fp8(Reference, x, w))
     check_norms(found)
+
+
+def test_modulation_of_other_dtypes_strides_and_places() -> None:
+    """Scale float32 and shift 16-bit, parts of larger tensors; x where no 16-byte words begin."""
+    w, packed = weights(192, 16, BF16), inputs.pack_input(weights(192, 16, BF16))
+    x = torch.cat([torch.zeros(1, dtype=BF16), rows(10, 192, BF16).flatten()])[1:].view(2, 5, 192)
+    both = torch.randn(2, 2 * 192, generator=torch.Generator().manual_seed(0))
+    shift, scale = both.bfloat16()[:, :192], both.bfloat16().float()[:, 192:]
+    found = quantize.norm_modulate_quantize(x, scale, shift, packed)
+    check_quantized(found, quantize_op.reference(fused.norm_modulate(x, scale, shift), w))
+
+
+def test_wrong_modulations_are_named() -> None:
+    w, x = inputs.pack_input(weights(192, 16, BF16)), rows(10, 192, BF16).view(2, 5, 192)
+    vector = torch.ones(2, 192, dtype=BF16)
+    for change, message in (
+        ((x[0], vector, vector), r"expected x of shape \(B, L, K\), got \(5, 192\)"),
+        ((x, vector[:1], vector), r"scale: expected .* of shape \(2, 192\)"),
+        ((x, vector, vector.to("meta")), "shift: expected .* on cpu"),
+    ):
+        with pytest.raises(FormatError, match=f"norm_modulate_quantize: {message}"):
+            quantize.norm_modulate_quantize(*change, w)
 
 
 class Reference:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tonfa.errors import FormatError
+from tonfa.kernels.cuda.contract import aligned
 from tonfa.kernels.hopper.layout import pack_fragments
 from tonfa.ops.activation import InputWeights
 from tonfa.ops.quantize import check_input
@@ -64,4 +65,4 @@ def rows_of(
         x = x.reshape(1, -1, x.shape[-1])
     whole = 16 // x.element_size()
     readable = x.stride(2) == 1 and x.stride(0) % whole == 0 and x.stride(1) % whole == 0 and x.data_ptr() % 16 == 0
-    return x if readable else x.contiguous()
+    return x if readable else aligned(x)

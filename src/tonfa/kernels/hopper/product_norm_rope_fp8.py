@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tonfa.errors import FormatError
 from tonfa.kernels.attention.fp8_scales import Source, scales
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.product import HEAD_DIM, PackedProduct, start_heads
@@ -35,11 +36,15 @@ def product_norm_rope_fp8(
     sources = [source for p in projections if (source := _source(p)) is not None]
     if not 0 < len(sources) == len(projections) <= 2:
         return None
+    lengths = [p.rotary[0].shape[0] for p in projections]
+    batch, heads = sources[0].rows // lengths[0], projections[0].w.out_features // (3 * HEAD_DIM)
+    for p, source, length in zip(projections, sources, lengths, strict=True):
+        if (source.rows, p.w.out_features) != (batch * length, 3 * heads * HEAD_DIM):
+            found = f"{source.rows} rows of {length} tokens, {p.w.out_features} channels"
+            raise FormatError(f"product_norm_rope_fp8: expected {batch} images of {heads} heads each, got {found}")
     device = sources[0].norms.device
     with torch.cuda.device(device):
         known = scales(sources)
-    lengths = [p.rotary[0].shape[0] for p in projections]
-    batch, heads = sources[0].rows // lengths[0], projections[0].w.out_features // (3 * HEAD_DIM)
     joint = empty_heads(batch, heads, sum(lengths), HEAD_DIM, torch.float8_e4m3fn, device)
     offset = 0
     for p, length in zip(projections, lengths, strict=True):

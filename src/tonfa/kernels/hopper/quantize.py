@@ -15,7 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tonfa.kernels.cuda.contract import aligned
+from tonfa.errors import FormatError
+from tonfa.kernels.cuda.contract import aligned, expect
 from tonfa.kernels.cuda.kernel import Kernel, Struct
 from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
@@ -92,7 +93,7 @@ def _run(
     out = empty_activation(m, k, w.rank, w.dtype, device, norms)
     if m == 0:
         return out
-    assert out.scales is not None and out.lowrank is not None and w.fragments is not None
+    assert w.fragments is not None
     rows = rows_of_block(m, k, multiprocessors(device))
     parameters = Quantize(
         x=x.data_ptr(),
@@ -147,10 +148,15 @@ def norm_modulate_quantize(
     w: PackedInput,
 ) -> HopperActivation:
     """LayerNorm, modulation and quantization of the next input."""
+    if x.ndim != 3:
+        raise FormatError(f"norm_modulate_quantize: expected x of shape (B, L, K), got {tuple(x.shape)}")
+    x = rows_of(x, w, x.dtype, "norm_modulate_quantize")
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        expect(f"norm_modulate_quantize: {name}", tensor, (x.shape[0], w.channels), tensor.dtype, x.device)
     if w.channels > LARGEST_CHANNELS:
         return quantize(norm_modulate(x, scale, shift), w)
-    x = rows_of(x, w, x.dtype, "norm_modulate_quantize")
+    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     readable = scale.stride() == shift.stride() and scale.stride(1) == 1 and scale.stride(0) % 8 == 0
     if not (readable and scale.data_ptr() % 16 == shift.data_ptr() % 16 == 0):
         scale, shift = aligned(scale), aligned(shift)
-    return _run(x, w, scale.to(x.dtype), shift.to(x.dtype))
+    return _run(x, w, scale, shift)
