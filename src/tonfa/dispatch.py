@@ -26,6 +26,7 @@ from tonfa.kernels.triton import backend as triton
 from tonfa.ops import fused, w4a16
 from tonfa.ops.activation import Activations, QuantizedActivation, parse_activations
 from tonfa.ops.attention_fp8 import QuantizedHeads
+from tonfa.ops.choice import parse
 from tonfa.ops.fused import Projection
 from tonfa.ops.table import AUTO, OPS, AttentionKernels, Backend, parse_attention
 
@@ -134,9 +135,8 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
     Raises UnsupportedError with the reason of every backend that was tried.
     """
     policy = parse_activations(activations)
-    names = [b.name for b in BACKENDS]
-    if backend is not None and backend not in names:
-        raise UnsupportedError(f"backend={backend!r} is unknown; choose one of {', '.join(names)}")
+    if backend is not None:
+        parse("backend", backend, (b.name for b in BACKENDS))
     reasons, lacking = [], []
     for candidate in BACKENDS:
         if backend is not None and candidate.name != backend:

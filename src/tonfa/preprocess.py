@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
+from tonfa.ops.choice import parse
 
 DEPTH_MODEL = "LiheYoung/depth-anything-large-hf"
 """The depth estimator of FLUX.1-Depth-dev's model card."""
@@ -75,8 +76,7 @@ class DepthPreprocessor:
         """
         if batch_size < 1:
             raise UnsupportedError(f"batch_size = {batch_size} must be at least 1")
-        if return_type not in ("pil", "np", "pt"):
-            raise UnsupportedError(f"return_type={return_type!r} is unknown; choose one of pil, np, pt")
+        parse("return_type", return_type, ("pil", "np", "pt"))
         images = [picture for item in _as_list(image) for picture in to_rgb(item)]
         pixels = [self.image_processor(images=i, return_tensors="pt")["pixel_values"] for i in images]
         depths: list[Tensor] = []

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tonfa.errors import FormatError
+
 MIN_PIXELS = 150
 """At 256 x 256; objects with fewer visible pixels are not scored."""
 EDGE_CONTRAST = 12.0
@@ -110,11 +112,11 @@ class ColorTable:
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or self.features.shape != (len(self.labels), 3) or len(self.labels) == 0:
-            raise ValueError(f"features (N, 3) with N labels make a table, got {tuple(self.features.shape)}")
+            raise FormatError(f"features (N, 3) with N labels make a table, got {tuple(self.features.shape)}")
         if self.labels.is_floating_point() or not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(
             self.names
         ):
-            raise ValueError(f"a label is no index of one of {len(self.names)} names")
+            raise FormatError(f"a label is no index of one of {len(self.names)} names")
 
     def classify(
         self,

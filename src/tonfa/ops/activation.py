@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tonfa.errors import UnsupportedError
 from tonfa.formats import FP8, INT4, INT8, UINT4, Format
+from tonfa.ops.choice import parse
 
 Activations = Literal["int4", "int8", "fp8", "none"]
 """How the input of a product is quantized. "int4": groups of 64, the published arithmetic. "int8" and "fp8": per row,
@@ -20,10 +20,7 @@ ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 
 def parse_activations(name: str) -> Activations:
     """The policy of this name; raises UnsupportedError if there is none."""
-    for activations in ACTIVATIONS:
-        if activations == name:
-            return activations
-    raise UnsupportedError(f"activations={name!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    return parse("activations", name, ACTIVATIONS)
 
 
 def activation_format(activations: Activations, unsigned: bool) -> Format | None:

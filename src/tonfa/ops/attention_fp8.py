@@ -26,7 +26,6 @@ kernel lets the maximum that it subtracts lag behind by two binades, as cuDNN ma
 SMALLEST_BOUND, LARGEST_BOUND = 2.0**-30, 2.0**60
 """Bounds are kept between them, which keeps powers of two and their products normal numbers in float32."""
 
-
 SCALARS = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o", "amax_s", "amax_o")
 """Rows of `QuantizedHeads.scalars`, each padded to the 16 bytes that cuDNN aligns tensors to."""
 
@@ -144,5 +143,5 @@ def reference(
 ) -> Tensor:
     """The specification: (B, L, H * D) of q's dtype."""
     scales = exponents(v, norm_q, norm_k)
-    rounded = quantize(q, scales.q), quantize(k, scales.k), quantize(v, scales.v)
-    return dequantize(attend(*rounded, scales, dtype), scales.v, q.dtype)
+    heads = round_heads(q, k, v, scales)
+    return dequantize(attend(heads.q, heads.k, heads.v, scales, dtype), scales.v, q.dtype)

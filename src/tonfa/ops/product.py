@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tonfa.errors import FormatError
 from tonfa.formats import FP8, INT8
 from tonfa.ops.activation import Activations, QuantizedActivation, activation_format
 from tonfa.weights import SVDQWeights
@@ -43,7 +44,7 @@ def reference(
 ) -> Tensor:
     """The specification: (M, N) of x's 16-bit dtype; float64 arithmetic is returned unrounded."""
     if x.lowrank is None:
-        raise ValueError("a quantized product needs the low-rank part of its input")
+        raise FormatError("product: the input has no low-rank part; make it with `quantize`")
     number_format = activation_format(activations, w.unsigned)
     if number_format is None or x.scales is None:
         values = x.codes.to(dtype)

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tonfa.errors import UnsupportedError
 from tonfa.ops.activation import Activations, ScaledFP8
 from tonfa.ops.attention_fp8 import QuantizedHeads
+from tonfa.ops.choice import parse
 
 OPS: dict[str, str] = {
     "quantize": "smooth and quantize an input, with the low-rank down-projection",
@@ -34,8 +34,9 @@ class Backend:
 
     `table` loads its kernels: a mapping from op names to callables, with `pack_input`, `pack_product` and `pack_w4a16`
     beside them, which turn canonical weights into what the kernels read; `pack_w4a16_group`, if the backend needs it,
-    prepares what `pack_w4a16` returned for `w4a16_group`. Importing the kernels happens inside, so that a backend whose
-    packages are missing can still be listed.
+    prepares what `pack_w4a16` returned for `w4a16_group`. What else a backend may have is told by the attributes of
+    `dispatch.Kernels` that may be None. Importing the kernels happens inside, so that a backend whose packages are
+    missing can still be listed.
     """
 
     name: str
@@ -64,10 +65,7 @@ DEFAULT_ATTENTION = "sdpa"
 
 def parse_attention(name: str) -> str:
     """The name itself; raises UnsupportedError if there is no such attention."""
-    known = (*ATTENTIONS, AUTO)
-    if name in known:
-        return name
-    raise UnsupportedError(f"attention={name!r} is unknown; choose one of {', '.join(known)}")
+    return parse("attention", name, (*ATTENTIONS, AUTO))
 
 
 @dataclass(frozen=True)
@@ -85,13 +83,12 @@ class AttentionKernels:
 Residency = Literal["int4", "fp8"]
 """What of the weights stays in a device's memory: 4-bit codes alone, or FP8 as the kernels multiply it too."""
 
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
+
 
 def parse_residency(name: str) -> Residency:
     """The name itself; raises UnsupportedError if there is no such form."""
-    for residency in get_args(Residency):
-        if name == residency:
-            return name  # type: ignore[return-value]
-    raise UnsupportedError(f"weights={name!r} is unknown; choose one of {', '.join(get_args(Residency))}")
+    return parse("weights", name, RESIDENCIES)
 
 
 @dataclass(frozen=True)

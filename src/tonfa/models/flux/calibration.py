@@ -41,7 +41,7 @@ def samples_needed(plan: ModelPlan, tokens: int, per_channel: int = TOKENS_PER_C
 
 @dataclass(frozen=True)
 class FluxCalibration:
-    """`quantize.calibration.Calibration` of a FLUX pipeline."""
+    """`quantizer.calibration.Calibration` of a FLUX pipeline."""
 
     config: Mapping[str, Any]
     pictures: tuple[Picture, ...]

@@ -66,7 +66,7 @@ class _State:
 
 
 class FluxWalk:
-    """`quantize.calibration.Walk` of a FLUX transformer."""
+    """`quantizer.calibration.Walk` of a FLUX transformer."""
 
     def __init__(
         self,
@@ -117,12 +117,8 @@ class FluxWalk:
             key = ids.numpy().tobytes()
             if key not in positions:
                 length = txt.shape[1]
-                tables = tuple(table.to(self._device) for table in model.pos_embed(ids.to(self._device)))
-                positions[key] = _Positions(
-                    (tables[0][:length], tables[1][:length]),
-                    (tables[0][length:], tables[1][length:]),
-                    (tables[0], tables[1]),
-                )
+                cos, sin = both = model.pos_embed(ids.to(self._device))
+                positions[key] = _Positions((cos[:length], sin[:length]), (cos[length:], sin[length:]), both)
             x = torch.cat([txt, img], dim=1).cpu()
             # Page-locked memory is copied from and to the GPU without a wait.
             self._states.append(_State(x.pin_memory() if self._device.type == "cuda" else x, vec, positions[key]))
