@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
@@ -98,6 +98,19 @@ class DepthPreprocessor:
             dtype = str(self.model.dtype).removeprefix("torch.")
             raise UnsupportedError(f"the depth model returned NaN or Inf in {dtype}; run it in float32")
         return list(depth.float().cpu())
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """A file's picture upright, in RGB. Raises CheckpointError where it is missing or no complete picture."""
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))[0]
+    except UnidentifiedImageError as error:
+        raise CheckpointError(f"{path} is no picture in a known format") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CheckpointError(f"{path} is damaged or too large: {error}") from error
 
 
 def to_rgb(image: Any) -> list[Image.Image]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from typing import get_args
 
 import pytest
 import torch
@@ -126,3 +127,18 @@ def test_numbers_for_people() -> None:
         "0 B", "999 B", "1.0 kB", "36.0 MB", "24.0 GB", "2000.0 GB",
     ]  # fmt: skip
     assert [duration(s) for s in (0.417, 12.34, 59.99, 185)] == ["0.42 s", "12.3 s", "60.0 s", "3 min 05 s"]
+
+
+def test_options_have_the_names_of_the_library() -> None:
+    """Commands write them out, because importing the library takes seconds."""
+    from tonfa.cli import convert, options, quantize
+    from tonfa.models.flux import export
+    from tonfa.ops.activation import ACTIVATIONS
+    from tonfa.ops.table import ATTENTIONS, AUTO
+    from tonfa.quantizer.recipe import RECIPES
+
+    attention, _ = get_args(get_args(options.AttentionOption)[0])
+    assert get_args(options.Activations) == ACTIVATIONS
+    assert get_args(attention) == (*ATTENTIONS, AUTO)
+    assert get_args(convert.Form) == get_args(export.Form)
+    assert set(get_args(quantize.RecipeName)) == set(RECIPES)

@@ -18,7 +18,7 @@ from tonfa import SVDQFluxTransformer2DModel
 from tonfa.errors import CheckpointError, FormatError
 from tonfa.evaluate.adherence import ColorTable, lab
 from tonfa.evaluate.compare import Evaluation
-from tonfa.evaluate.drawing import Settings, draw
+from tonfa.evaluate.drawing import Settings, control_image, draw
 from tonfa.evaluate.layers import LayerInputs, layer_errors
 from tonfa.evaluate.problems import Problem
 from tonfa.evaluate.similarity import psnr, to_unit
@@ -201,11 +201,24 @@ def test_pictures_are_read_before_any_is_drawn(
 
     monkeypatch.setattr("tonfa.evaluate.compare.draw", never)
     (tmp_path / "cut.png").write_bytes((problems[1].control or tmp_path).read_bytes()[:-60])
-    with pytest.raises(CheckpointError, match=r"cut\.png is no complete picture"):
+    with pytest.raises(CheckpointError, match=r"cut\.png is damaged"):
         Evaluation(pipe, [problems[0], replace(problems[1], control=tmp_path / "cut.png")], SETTINGS)
     Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(FormatError, match=r"small\.png: is 16 x 16, the picture 48 x 32"):
         Evaluation(pipe, [replace(problems[0], mask=tmp_path / "small.png")], SETTINGS)
+    (tmp_path / "half.png").write_bytes((tmp_path / "small.png").read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"half\.png is damaged or no picture"):
+        Evaluation(pipe, [replace(problems[0], mask=tmp_path / "half.png")], SETTINGS)
     Image.new("RGB", (48, 32)).save(tmp_path / "rgb.png")
     with pytest.raises(CheckpointError, match="one channel, got mode RGB"):
         Evaluation(pipe, [replace(problems[0], mask=tmp_path / "rgb.png")], SETTINGS)
+
+
+def test_control_images_are_drawn_upright(tmp_path: Path) -> None:
+    values = np.zeros((32, 48, 3), dtype=np.uint8)
+    values[:, 24:] = 255
+    turned = Image.fromarray(values).rotate(90, expand=True)
+    turned.getexif()[0x0112] = 6  # to be shown a quarter turn clockwise
+    turned.save(tmp_path / "turned.png", exif=turned.getexif())
+    drawn = control_image(Problem("a", 0, control=tmp_path / "turned.png"), SETTINGS)
+    assert drawn is not None and np.array_equal(np.asarray(drawn), values)

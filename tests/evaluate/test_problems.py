@@ -22,6 +22,8 @@ def test_a_prompt_a_line(tmp_path: Path) -> None:
     assert [p.prompt for p in more] == ["a cat", "two dogs", "a cat", "two dogs", "a cat"]
     assert [p.seed for p in more] == [10, 11, 12, 13, 14]
     assert read_problems(file, samples=1) == [Problem("a cat", 0)]
+    file.write_text("a cat\n", encoding="utf-8-sig")
+    assert read_problems(file) == [Problem("a cat", 0)]
 
 
 def test_control_images_in_the_order_of_their_names(tmp_path: Path) -> None:

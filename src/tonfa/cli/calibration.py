@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tonfa.cli.images import MULTIPLE, nearest_multiple, open_image
+from tonfa.cli.options import LONGEST_TEXT, choose_guidance
 from tonfa.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -31,10 +32,8 @@ GENEROUS = 2
 STORED = 4
 """Steps of a picture that are stored. With 32 samples of the demo model, 6 of as many fewer pictures raise its error by
 2 to 5 %; 20 steps a picture do as well as 30."""
-LONGEST_TEXT = 512
 LONGEST_TEXT_DISTILLED = 256
 """T5 tokens of models without a guidance embedding (FLUX.1-schnell), which were trained so."""
-GUIDANCE, CONTROL_GUIDANCE = 3.5, 10.0
 STEPS, DISTILLED_STEPS = 20, 4
 
 
@@ -107,7 +106,7 @@ def build(
     guided = dims.guidance_embeds
     schedule = Schedule(
         request.steps or (STEPS if guided else DISTILLED_STEPS),
-        request.guidance if request.guidance is not None else (CONTROL_GUIDANCE if takes_control else GUIDANCE),
+        choose_guidance(request.guidance, takes_control),
         LONGEST_TEXT if guided else LONGEST_TEXT_DISTILLED,
     )
     sizes = [size(control) for control in controls] or [size(None)]

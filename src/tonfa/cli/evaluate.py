@@ -13,9 +13,16 @@ import typer
 
 from tonfa.cli.console import duration, progress, stderr
 from tonfa.cli.failures import Debug, command
-from tonfa.cli.generate import MAX_TOKENS
 from tonfa.cli.images import check_side, nearest_multiple, open_image, write_image
-from tonfa.cli.options import ActivationsOption, DeviceOption, DtypeOption, parse_device, parse_dtype
+from tonfa.cli.options import (
+    LONGEST_TEXT,
+    ActivationsOption,
+    DeviceOption,
+    DtypeOption,
+    choose_guidance,
+    parse_device,
+    parse_dtype,
+)
 from tonfa.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -63,7 +70,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first prompt's noise; the next has seed + 1.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
-    max_sequence_length: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Prompt length in tokens.")] = 512,
+    max_sequence_length: Annotated[int, typer.Option(min=1, max=LONGEST_TEXT, help="Prompt length in tokens.")] = 512,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Measure every layer.")] = True,
     lpips_backbone: Annotated[
         Path | None, typer.Option(help="AlexNet's weights, for LPIPS: torchvision's names, safetensors.")
@@ -128,7 +135,7 @@ def evaluate(
         height or default_height,
         width or default_width,
         steps,
-        guidance if guidance is not None else (10.0 if control else 3.5),
+        choose_guidance(guidance, control),
         max_sequence_length,
         batch_size,
     )

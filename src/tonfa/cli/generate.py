@@ -12,11 +12,14 @@ from tonfa.cli.console import duration, progress, stderr
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.images import check_side, nearest_multiple, open_image, output_paths, write_image
 from tonfa.cli.options import (
+    LONGEST_TEXT,
     ActivationsOption,
     AttentionOption,
     DeviceOption,
     Dtype,
     DtypeOption,
+    check_offload,
+    choose_guidance,
     parse_device,
     parse_dtype,
 )
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tonfa.cli.pipeline import Placement
-
-MAX_TOKENS = 512
-"""The longest prompt that FLUX's pipelines accept, in T5's tokens."""
 
 
 @command(interrupted="pictures that were finished are kept")
@@ -59,7 +59,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next has seed + 1.")] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
-    max_sequence_length: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Prompt length in tokens.")] = 512,
+    max_sequence_length: Annotated[int, typer.Option(min=1, max=LONGEST_TEXT, help="Prompt length in tokens.")] = 512,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "bfloat16",
     activations: ActivationsOption = None,
@@ -97,14 +97,9 @@ def generate(
 
     placement = _placement(device, dtype, activations, attention, offload)
     facts = examine(model, transformer)
-    if activations is not None and not facts.is_quantized:
-        raise typer.BadParameter(
-            "the transformer is not quantized; name a 4-bit --transformer", param_hint="--activations"
-        )
-    if attention is not None and not facts.is_quantized:
-        raise typer.BadParameter(
-            "the transformer is not quantized; name a 4-bit --transformer", param_hint="--attention"
-        )
+    for option, value in (("--activations", activations), ("--attention", attention)):
+        if value is not None and not facts.is_quantized:
+            raise typer.BadParameter("the transformer is not quantized; name a 4-bit --transformer", param_hint=option)
     source = control_image or image
     if facts.takes_control and source is None:
         raise typer.BadParameter("the transformer is a control model: give one", param_hint="--control-image / --image")
@@ -120,7 +115,7 @@ def generate(
     pipe = load(model, transformer, facts.takes_control, placement)
     default = pipe.default_sample_size * pipe.vae_scale_factor
     height, width = _size(height, width, control, default, console)
-    guidance = guidance if guidance is not None else (10.0 if control else 3.5)
+    guidance = choose_guidance(guidance, facts.takes_control)
     console.print(f"model        {model} ({type(pipe).__name__})")
     console.print(f"transformer  {transformer or 'its own'}: {describe_transformer(pipe.transformer, placement)}")
     console.print(f"device       {placement.device}, {dtype}{', offloading' if offload else ''}")
@@ -147,8 +142,7 @@ def _placement(device: str, dtype: Dtype, activations: str | None, attention: st
     from tonfa.dispatch import bind, bind_attention
 
     place = parse_device(device)
-    if offload and place.type != "cuda":
-        raise typer.BadParameter(f"there is nothing to offload to from {place}; it needs a GPU", param_hint="--offload")
+    check_offload(offload, place)
     if activations is not None:
         bind(place, activations)  # says what is missing before anything is loaded
     if attention is not None:

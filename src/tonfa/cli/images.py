@@ -21,20 +21,12 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 def open_image(path: Path, option: str) -> Image:
     """The picture upright, in RGB. Raises CheckpointError where the file is missing or no complete picture."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from tonfa.preprocess import open_rgb
 
-    from tonfa.preprocess import to_rgb
-
-    if not path.is_file():
-        raise CheckpointError(f"{option}: no file {path}")
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            return to_rgb(upright)[0]
-    except UnidentifiedImageError as error:
-        raise CheckpointError(f"{option}: {path} is no picture in a known format") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CheckpointError(f"{option}: {path} is damaged or too large: {error}") from error
+        return open_rgb(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{option}: {error}") from error
 
 
 def nearest_multiple(pixels: int) -> int:

@@ -31,6 +31,22 @@ AttentionOption = Annotated[
 ]
 
 
+LONGEST_TEXT = 512
+"""The longest prompt that FLUX's pipelines accept, in T5's tokens."""
+GUIDANCE, CONTROL_GUIDANCE = 3.5, 10.0
+
+
+def choose_guidance(given: float | None, takes_control: bool) -> float:
+    """The guidance scale that is asked for, else the usual one of such a model."""
+    return given if given is not None else (CONTROL_GUIDANCE if takes_control else GUIDANCE)
+
+
+def check_offload(offload: bool, place: torch.device) -> None:
+    """Raise a usage error where there is no GPU to spare."""
+    if offload and place.type != "cuda":
+        raise typer.BadParameter(f"there is nothing to offload to from {place}; it needs a GPU", param_hint="--offload")
+
+
 def parse_device(text: str) -> torch.device:
     """The device that `--device` names. Raises UnsupportedError where this machine lacks it."""
     import torch

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tonfa.cli.sources import read_json
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
+from tonfa.models.flux.plan import DENSE_CLASS
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-FLUX_CLASSES = ("FluxTransformer2DModel", "SVDQFluxTransformer2DModel")
+FLUX_CLASSES = (DENSE_CLASS, "SVDQFluxTransformer2DModel")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def examine(model: str, transformer: str | None) -> Facts:
         raise CheckpointError(f"MODEL: {model} has no model_index.json, so it is no pipeline of Diffusers")
     name = str((index.get("transformer") or [None, None])[1])
     if name not in FLUX_CLASSES:
-        raise CheckpointError(f"no FLUX model: the transformer of {model} is {name}, expected {FLUX_CLASSES[0]}")
+        raise CheckpointError(f"no FLUX model: the transformer of {model} is {name}, expected {DENSE_CLASS}")
     config: Mapping[str, Any] | None
     if transformer is None:
         config = read_json(model, "transformer/config.json", "MODEL")

@@ -13,8 +13,9 @@ from tonfa.cli.calibration import Request, build
 from tonfa.cli.console import duration, progress, size, stderr
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.images import check_side
-from tonfa.cli.options import Activations, DeviceOption, DtypeOption, parse_device, parse_dtype
+from tonfa.cli.options import Activations, DeviceOption, DtypeOption, check_offload, parse_device, parse_dtype
 from tonfa.errors import CheckpointError
+from tonfa.models.flux.plan import DENSE_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 RecipeName = Literal["tonfa", "svdquant", "svdquant-gptq"]
 
-DENSE_CLASS = "FluxTransformer2DModel"
 WORST = 5
 """Linears that the summary names."""
 
@@ -191,8 +191,7 @@ class _Stages:
 def _check_placement(subfolder: str, offload: bool, place: torch.device) -> None:
     if subfolder != "transformer":
         raise typer.BadParameter("a calibration runs the pipeline's own transformer", param_hint="--subfolder")
-    if offload and place.type != "cuda":
-        raise typer.BadParameter(f"there is nothing to offload to from {place}; it needs a GPU", param_hint="--offload")
+    check_offload(offload, place)
 
 
 def _refuse_without_calibration(*values: object) -> None:

@@ -111,7 +111,7 @@ class Evaluation:
         self.inputs = LayerInputs(self.plan, settings.steps, seed) if keep_inputs else None
         self.trajectories: list[Trajectory] = []
         pictures = []
-        for i, batch in enumerate(batches(self.problems, settings.batch_size)):
+        for i, batch in enumerate(self._batches()):
             with ExitStack() as stack:
                 self.trajectories.append(stack.enter_context(recorded(reference)))
                 if self.inputs is not None and i == 0:

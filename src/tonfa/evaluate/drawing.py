@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tonfa.errors import CheckpointError, FormatError
+from tonfa.errors import FormatError
 from tonfa.evaluate.problems import Problem
-from tonfa.preprocess import to_rgb
+from tonfa.preprocess import open_rgb
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,7 @@ def control_image(problem: Problem, settings: Settings) -> Image.Image | None:
     """The control image in RGB at the size that is drawn. Raises CheckpointError for what is no complete picture."""
     if problem.control is None:
         return None
-    try:
-        with Image.open(problem.control) as image:
-            picture = to_rgb(image)[0]
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CheckpointError(f"{problem.control} is no complete picture: {error}") from error
+    picture = open_rgb(problem.control)
     size = (settings.width, settings.height)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,9 +88,9 @@ def layer_errors(
     4-bit weights or a dense transformer of Diffusers.
     """
     found = []
-    state = _Parameters(candidate)
+    state = {name: tensor.detach() for name, tensor in candidate.named_parameters()}
+    device = next(candidate.parameters()).device
     for linear in plan.linears():
-        device = next(candidate.parameters()).device
         weight, bias = (t.float() for t in gather(linear, reference, device))
         layer = _layer(candidate, linear, state)
         x = None if inputs is None else inputs.of(linear)
@@ -118,22 +118,6 @@ class _Layer:
     weight: Tensor  # (N, K) float32
     output: Callable[[Tensor], Tensor]
     """(R, K) -> (R, N), in the reference's terms: a modulation's scales without the one."""
-
-
-class _Parameters(Mapping[str, Tensor]):
-    """A module's parameters by name."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in module.named_parameters()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def _layer(candidate: nn.Module, linear: LinearPlan, state: Reader) -> _Layer:

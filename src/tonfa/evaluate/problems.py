@@ -39,10 +39,14 @@ class Problem:
         """(H, W) uint8. Raises CheckpointError for what is no 8-bit picture of one channel."""
         if self.mask is None:
             return None
-        with Image.open(self.mask) as image:
-            if image.mode != "L":
-                raise CheckpointError(f"{self.mask}: expected an 8-bit picture of one channel, got mode {image.mode}")
-            return torch.from_numpy(np.array(image))
+        try:
+            with Image.open(self.mask) as image:
+                mode, values = image.mode, np.array(image)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise CheckpointError(f"{self.mask} is damaged or no picture: {error}") from error
+        if mode != "L":
+            raise CheckpointError(f"{self.mask}: expected an 8-bit picture of one channel, got mode {mode}")
+        return torch.from_numpy(values)
 
 
 def read_problems(
@@ -89,7 +93,7 @@ def read_colors(prompts: Path) -> ColorTable:
 
 def _rows(prompts: Path, seed: int) -> Iterator[Problem]:
     try:
-        text = prompts.read_text(encoding="utf-8")
+        text = prompts.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{prompts}: is no UTF-8 text: {error}") from error
     if prompts.suffix != ".json":

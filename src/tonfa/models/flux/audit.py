@@ -16,9 +16,10 @@ from tonfa.checkpoint.tensors import TensorFiles, TensorFolder
 from tonfa.checkpoint.values import flaws
 from tonfa.formats import GROUP_SIZE, INT4
 from tonfa.models.flux.checkpoints import LEGACY_FILES
-from tonfa.models.flux.export import DENSE_CLASS, QuantizedFlux, read_quantized
+from tonfa.models.flux.export import QuantizedFlux, read_quantized
 from tonfa.models.flux.lite import LiteTensors
 from tonfa.models.flux.nunchaku import NunchakuTensors
+from tonfa.models.flux.plan import DENSE_CLASS
 from tonfa.quantizer.planned import dense_spec, gather, part_names, relative_error
 
 LARGEST_ERROR = 0.5

@@ -28,6 +28,7 @@ from tonfa.models.flux.checkpoints import LEGACY_FILES, open_checkpoint
 from tonfa.models.flux.layers import configured_plan
 from tonfa.models.flux.lite_export import LiteForm
 from tonfa.models.flux.nunchaku import packed_tensors
+from tonfa.models.flux.plan import DENSE_CLASS
 from tonfa.models.flux.published import PublishedTensors
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.plan import LinearPlan, ModelPlan
@@ -36,7 +37,6 @@ from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
 Form = Literal["native", "nunchaku", "nunchaku-folder", "nunchaku-lite", "dense"]
 
-DENSE_CLASS = "FluxTransformer2DModel"
 NUNCHAKU_CLASS = "NunchakuFluxTransformer2dModel"
 
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")

@@ -23,11 +23,11 @@ from tonfa.checkpoint.tensors import TensorFiles
 from tonfa.errors import CheckpointError
 from tonfa.formats import GROUP_SIZE
 from tonfa.models.flux.nunchaku import Field, svdq_fields, unpacked, w4a16_fields
+from tonfa.models.flux.plan import DENSE_CLASS
 from tonfa.plan import LinearPlan, ModelPlan
 from tonfa.quantizer.planned import part_names
 
 METHOD = "nunchaku_lite"
-CLASS = "FluxTransformer2DModel"
 SVDQ, AWQ = "svdq_w4a4", "awq_w4a16"
 
 ROWS = {"qweight": 0, "wscales": 1, "bias": 0, "proj_up": 0}
@@ -68,9 +68,9 @@ def targets(plan: ModelPlan) -> dict[str, list[str]]:
 
 def parse_config(config: Mapping[str, Any], plan: ModelPlan, where: str) -> LiteConfig:
     """The checked configuration. Raises CheckpointError, naming the field, for what is not FLUX in INT4 as planned."""
-    name = config.get("_class_name", CLASS)
-    if name != CLASS:
-        raise CheckpointError(f"{where}: is a {name}; of {METHOD} checkpoints, only those of {CLASS} run here")
+    name = config.get("_class_name", DENSE_CLASS)
+    if name != DENSE_CLASS:
+        raise CheckpointError(f"{where}: is a {name}; of {METHOD} checkpoints, only those of {DENSE_CLASS} run here")
     quantization = config["quantization_config"]
     _check_keys(quantization, _KEYS, "quantization_config", where)
     dtype = quantization.get("compute_dtype")

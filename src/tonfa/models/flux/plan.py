@@ -14,6 +14,9 @@ from typing import Any
 from tonfa.errors import CheckpointError
 from tonfa.plan import BlockPlan, LinearPlan, ModelPlan
 
+DENSE_CLASS = "FluxTransformer2DModel"
+"""Diffusers' name of the 16-bit model."""
+
 MLP_RATIO = 4
 
 _OUTER_LINEARS = ("x_embedder", "context_embedder", "norm_out.linear", "proj_out")
