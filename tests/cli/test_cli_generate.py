@@ -247,6 +247,14 @@ def test_control_images_where_they_belong(
             },
             "reads 384 channels and writes 64",
         ),
+        (
+            "text",
+            {
+                "model_index.json": {"transformer": ["diffusers", "FluxTransformer2DModel"]},
+                "transformer/config.json": {"in_channels": "many"},
+            },
+            "the transformer's config.json: in_channels is 'many', expected an integer",
+        ),
     ],
 )
 def test_what_is_no_model(

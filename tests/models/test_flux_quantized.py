@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,15 @@ def test_moving_and_casting_follow(quantized: SVDQFluxTransformer2DModel) -> Non
     half = run(model.to(torch.float16), inputs(model, dtype=torch.float16))
     assert half.dtype == torch.float16
     assert relative_error(half, bf16) < 3e-2
+
+
+def test_a_model_that_has_run_can_be_pickled(quantized: SVDQFluxTransformer2DModel) -> None:
+    model = copy.deepcopy(quantized).set_activations("int8", "reference")
+    values = inputs(model, dtype=torch.bfloat16)
+    found = run(model, values)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(again, values), found)
+    assert again.transformer_blocks[0].attn.to_qkv.binding().kernels.backend == "reference"
 
 
 def edit_tensors(folder: Path, change) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tonfa.cli.sources import read_json
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
-from tonfa.models.flux.plan import DENSE_CLASS
+from tonfa.models.flux.plan import DENSE_CLASS, check_counts
 
 if TYPE_CHECKING:
     import torch
@@ -104,9 +104,13 @@ def examine(model: str, transformer: str | None) -> Facts:
 
 
 def takes_control(config: Mapping[str, Any]) -> bool:
-    """Whether a transformer reads a control image. Raises UnsupportedError for other inputs."""
-    read = int(config.get("in_channels") or 64)
-    written = int(config.get("out_channels") or read)
+    """Whether a transformer reads a control image.
+
+    Raises UnsupportedError for other inputs, CheckpointError for sizes that are none.
+    """
+    check_counts(config, "the transformer's config.json")
+    read: int = config.get("in_channels", 64)
+    written: int = config.get("out_channels") or read
     if read == written:
         return False
     if read == 2 * written:

@@ -156,6 +156,8 @@ def test_wrong_shapes_are_refused(generator: torch.Generator) -> None:
         product_gate_residual(x, packed, torch.ones(BATCH, 4, 64).bfloat16(), torch.ones(BATCH, 64))
     with pytest.raises(FormatError, match="product_norm_rope: 10 rows of 64"):
         product_norm_rope(x, packed, torch.ones(16), torch.ones(16), (torch.ones(5, 16), torch.ones(5, 16)))
+    with pytest.raises(FormatError, match="product_norm_rope: 10 rows of 64"):
+        product_norm_rope(x, packed, torch.ones(16), torch.ones(16), (torch.ones(0, 16), torch.ones(0, 16)))
     with pytest.raises(FormatError, match=r"norm_modulate_quantize: expected \(2, 64\)"):
         y = torch.ones(BATCH, 5, 64).bfloat16()
         norm_modulate_quantize(y, torch.ones(1, 64), torch.ones(1, 64), packed_input(w))

@@ -148,3 +148,5 @@ def test_product_norm_rope(
         assert torch.equal(whole[:, :, length + 3 :], one) and (whole[:, :, : length + 3] == 7).all()
     with pytest.raises(FormatError, match="no place for 38 rows"):
         product_norm_rope_into(x, packed, *norms, rotary, out, length + 4)
+    with pytest.raises(FormatError, match="38 rows of .* do not divide"):
+        product_norm_rope(x, packed, *norms, (rotary[0][:0], rotary[1][:0]))

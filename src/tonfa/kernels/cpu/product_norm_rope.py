@@ -85,7 +85,7 @@ def product_norm_rope(
     """q, k and v, each (B, H, L, D) of x's dtype."""
     cos, sin = (t.float().contiguous() for t in rotary)
     (length, size), rows, n = cos.shape, x.codes.shape[0], w.qweight.shape[0]
-    if rows % length or n % (3 * size) or size % 2:
+    if length == 0 or rows % length or n % (3 * size) or size % 2:
         raise FormatError(f"product_norm_rope: {rows} rows of {n} do not divide into q, k, v of ({length}, {size})")
     out = torch.empty((3, rows // length, n // (3 * size), length, size), dtype=x.dtype)
     norms = torch.stack((norm_q, norm_k)).float()
