@@ -182,6 +182,7 @@ def load_candidate(source: str, placement: Placement) -> Any:
 
 def _dense_folder(model: str, reference: str | None) -> Path:
     """Where the reference's weights are. Raises CheckpointError where they are not dense."""
+    from tonfa.checkpoint.reading import local_path
     from tonfa.cli.quantize import find_transformer
     from tonfa.cli.sources import read_json
     from tonfa.models.flux.audit import is_dense
@@ -192,7 +193,7 @@ def _dense_folder(model: str, reference: str | None) -> Path:
         folder = find_transformer(model, "transformer")
         remedy = "name a dense one with --reference"
     else:
-        folder = Path(reference).expanduser()
+        folder = local_path(reference)
         remedy = "give a folder with a 16-bit FluxTransformer2DModel"
     if not is_dense(folder):
         raise CheckpointError(f"{folder}: holds no dense transformer of FLUX to compare with; {remedy}")
