@@ -1,4 +1,4 @@
-// What device/asynchronous.cuh, numbers.cuh and instructions.cuh declare, on a CPU; to be included behind simt.hpp.
+// What the quantizers take from asynchronous.cuh, numbers.cuh and instructions.cuh, on a CPU; include it behind simt.hpp.
 #pragma once
 #include <map>
 

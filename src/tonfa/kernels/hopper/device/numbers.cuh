@@ -51,9 +51,8 @@ __device__ __forceinline__ uint32_t from_e4m3(uint16_t pair) {
 #if FP16
   return halves;
 #else
-  float low, high;
-  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(halves));
-  return pack(low, high);
+  const float2 f = half_pair(halves);
+  return pack(f.x, f.y);
 #endif
 }
 __device__ __forceinline__ float gelu(float x) {
