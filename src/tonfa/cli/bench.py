@@ -23,7 +23,7 @@ from tonfa.cli.bench_options import (
     parse_sizes,
 )
 from tonfa.cli.bench_run import ENOUGH_RUNS, BenchRun, bench_command
-from tonfa.cli.options import Activations, ActivationsOption, AttentionOption
+from tonfa.cli.options import Activations, ActivationsOption, Attention, AttentionOption
 
 if TYPE_CHECKING:
     from tonfa.bench.step import StepRequest
@@ -70,7 +70,9 @@ def step(
 def waterfall(
     run: BenchRun,
     options: StepOptions,
-    attention: AttentionOption = "auto",
+    attention: Annotated[
+        Attention, typer.Option("--attention", help="Of the last bars; auto is what is faster.")
+    ] = "auto",
 ) -> None:
     """A step of Diffusers' 16-bit model, then of ours with one technique after another, all in turns.
 
