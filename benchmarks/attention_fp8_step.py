@@ -42,8 +42,8 @@ def prepared(way: str, model: SVDQFluxTransformer2DModel, call: dict[str, Any]) 
 def kernels(step: Any, device: torch.device) -> dict[str, tuple[int, float]]:
     """Calls and microseconds a call, by name."""
     found: dict[str, list[float]] = defaultdict(list)
-    for name, elapsed in profile_step(step, device):
-        found[name[:100]].append(elapsed * 1e3)
+    for kernel in profile_step(step, device):
+        found[kernel.name[:100]].append((kernel.end - kernel.start) * 1e3)
     return {name: (len(times), sum(times) / len(times)) for name, times in found.items()}
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from figure import figure, text
+
 OUT = Path("docs/error-against-rank.svg")
 
 
@@ -47,8 +49,8 @@ LABEL_GAP = 15
 def points(lines: Iterable[str], series: Series, size: int, seed: int) -> dict[int, float]:
     """Error by rank."""
     found = {}
-    for text in lines:
-        line = json.loads(text)
+    for record in lines:
+        line = json.loads(record)
         case = line["case"]
         same = (line["bench"], line.get("variant"), case.get("activations")) == (
             "error",
@@ -81,10 +83,6 @@ class Axes:
         return [t for t in steps if self.low <= math.log(t) <= self.high]
 
 
-def text(x: float, y: float, content: str, anchor: str = "middle", color: str = "#1f2328") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{color}">{content}</text>'
-
-
 def spread(wanted: Sequence[float]) -> list[float]:
     """Heights of labels, moved down until none covers another."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
@@ -98,12 +96,7 @@ def draw(curves: dict[Series, dict[int, float]], size: int) -> str:
     ranks = sorted({rank for curve in curves.values() for rank in curve})
     axes = Axes(ranks, [error for curve in curves.values() for error in curve.values()])
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"',
-        ' font-family="sans-serif" font-size="12">',
-        f"<title>Held-out relative output error against rank, layers of {size} channels</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-    ]
+    parts = []
     for tick in axes.ticks():
         y = axes.y(tick)
         parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#d1d9e0"/>')
@@ -125,7 +118,8 @@ def draw(curves: dict[Series, dict[int, float]], size: int) -> str:
                 for rank, error in curve.items()
             ]
         parts.append(text(right + 10, height + 4, series.label, "start", series.color))
-    return "\n".join([*parts, "</svg>", ""])
+    title = f"Held-out relative output error against rank, layers of {size} channels"
+    return figure(WIDTH, HEIGHT, title, parts)
 
 
 def main() -> None:

@@ -156,14 +156,28 @@ def bind(device: torch.device, activations: str, backend: str | None = None) -> 
     raise UnsupportedError(f"nothing computes activations={activations!r} on {device}: " + "; ".join(reasons))
 
 
+_PACKING = ("pack_input", "pack_product", "pack_w4a16", "pack_product_expanded")
+_ALONE = (*_PACKING, "quantize", "product", "w4a16", "attention")
+
+
+@lru_cache(maxsize=8)
+def composed(kernels: Kernels) -> Kernels:
+    """The same kernels with nothing fused: every other op composed of these. For measuring what fusing gains."""
+    return _complete(kernels.backend, kernels.activations, {name: getattr(kernels, name) for name in _ALONE})
+
+
+def resolve_attention(device: torch.device, attention: str) -> str:
+    """The name itself, or what "auto" stands for on this device. Raises UnsupportedError for an unknown one."""
+    name = parse_attention(attention)
+    return automatic(device) if name == AUTO else name
+
+
 def bind_attention(device: torch.device, attention: str) -> AttentionKernels | None:
     """The kernels of this choice; None if they are those of the layers' backend.
 
     Raises UnsupportedError with the reason where it cannot run on `device`.
     """
-    name = parse_attention(attention)
-    if name == AUTO:
-        name = automatic(device)
+    name = resolve_attention(device, attention)
     (choice,) = (c for c in CHOICES if c.name == name)
     reason = choice.reason_against(device)
     if reason is not None:

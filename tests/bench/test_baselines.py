@@ -15,7 +15,8 @@ from support import random_weights, relative_error
 from tonfa.bench import dense, step, variant
 from tonfa.bench.attention import check as check_attention
 from tonfa.bench.comfy import LAYOUT, comfy_linear
-from tonfa.bench.dense import COMPILED, EAGER, TORCHAO, DenseModels
+from tonfa.bench.dense import COMPILED, EAGER, EAGER_CUDNN, TORCHAO, DenseModels
+from tonfa.bench.linear import COMFY, baseline
 from tonfa.bench.linear import check as check_linear
 from tonfa.bench.memory import tensor_gib
 from tonfa.bench.protocol import Timing
@@ -33,6 +34,13 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     calls: list[dict[str, object]] = []
     monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", lambda _, **options: calls.append(options))
     return calls
+
+
+def test_cudnn_alone_compiles_nothing(compiled: list[dict[str, object]]) -> None:
+    models = DenseModels(TINY, CPU)
+    twin = models.build(EAGER_CUDNN)
+    assert compiled == [] and twin is not models.build(EAGER)
+    assert dense.attention_backend(EAGER_CUDNN, torch.device("cuda")) == "cudnn"
 
 
 def test_compiled_shares_the_weights_of_eager(compiled: list[dict[str, object]]) -> None:
@@ -150,7 +158,7 @@ def test_a_baseline_that_fails_is_skipped_or_named(monkeypatch: pytest.MonkeyPat
 
 def test_ratio_to_rank_0_is_of_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = {"tonfa int4 weights, int8 activations": Timing(10.0, 9.0, 11.0, 1), "rank-0": Timing(9.5, 9.0, 10.0, 1)}
-    monkeypatch.setattr(step, "interleaved", lambda candidates, *_: {name: timings[name] for name in candidates})
+    monkeypatch.setattr(step, "interleaved", lambda candidates, *_, **__: {name: timings[name] for name in candidates})
     ours, without = StepBench(request(baselines=["rank-0"]), lambda _: None).run()
     assert ours["ratios"] == {"rank-0": 0.95} and without["value"] == 9.5
     assert (ours["case"]["rank"], without["case"]["rank"]) == (32, 0)
@@ -208,6 +216,45 @@ class SimpleWeights:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._w, name)
+
+
+def test_comfy_kitchen_without_its_kernels_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, cuda = ModuleType("comfy_kitchen.tensor"), ModuleType("comfy_kitchen.backends.cuda")
+    tensor.QuantizedTensor = tensor.TensorCoreSVDQuantW4A4Layout = object  # type: ignore[attr-defined]
+    cuda._EXT_AVAILABLE, cuda._EXT_ERROR = False, "no such file"  # type: ignore[attr-defined]
+    backends = ModuleType("comfy_kitchen.backends")
+    backends.cuda = cuda  # type: ignore[attr-defined]
+    for name, module in (("", ModuleType("comfy_kitchen")), (".tensor", tensor), (".backends", backends)):
+        monkeypatch.setitem(sys.modules, f"comfy_kitchen{name}", module)
+    on_a_gpu = SimpleNamespace(qweight=SimpleNamespace(device=torch.device("cuda")))
+    with pytest.raises(UnsupportedError, match="CUDA kernels are not loaded: no such file"):
+        comfy_linear(on_a_gpu)
+
+
+def fails(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("wrong\nlayout")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda x: x.new_ones(x.shape[0], 128), r"off by .* from float64"),
+        (fails, "fails with RuntimeError: wrong layout"),
+    ],
+)
+def test_others_that_compute_something_else_are_not_measured(
+    broken: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = random_linear(128, 192, 16, CPU, generator)
+    x = outlier_input(8, 192, generator)
+    monkeypatch.setattr("tonfa.bench.linear.comfy_linear", lambda w: broken)
+    with pytest.raises(UnsupportedError, match=message):
+        baseline(COMFY, layer, *layer.weights().dense(), [x])
+    right = SVDQLinear.from_weights(layer.weights(), activations="int4")
+    monkeypatch.setattr("tonfa.bench.linear.comfy_linear", lambda w: right)
+    (run,) = baseline(COMFY, layer, *layer.weights().dense(), [x])
+    assert torch.equal(run(), right(x))
 
 
 def test_comfy_kitchen_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ from rich.console import Console
 
 from tonfa.bench import ceilings, parts
 from tonfa.bench.ceilings import Ceilings
-from tonfa.bench.parts import PARTS
+from tonfa.bench.parts import PARTS, Kernel
 from tonfa.bench.step import StepBench
 from tonfa.bench.work import flux_work
 from tonfa.cli.bench_tables import print_records
+
+PROFILE = [Kernel("nvjet", 0.0, 1e-4), Kernel("flash_fwd", 1e-4, 3e-4), Kernel("add", 2e-4, 6e-4)]
 
 
 def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +28,9 @@ def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates == Ceilings(
         bandwidth=2 * 2**20 * 1e3, bf16=largest, fp8=None, int8=largest, attention=4 * 2 * work.rows**2 * 64 * 1e3
     )
+    rates = ceilings.measure(work, 2, 64, 1, CPU, activations=("fp8", "none"))
+    assert (rates.bf16, rates.fp8, rates.int8) == (largest, None, None)
+    assert ceilings.measure(work, 2, 64, 1, CPU, activations=("int4",)).int8 == largest
 
 
 @pytest.mark.parametrize(
@@ -39,7 +44,7 @@ def test_rate_of_a_policy(activations: str, rate: float) -> None:
 
 def test_parts_of_a_step_are_recorded_and_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepBench, "_ceilings", lambda *_: H200)
-    monkeypatch.setattr(parts, "profile_step", lambda *_: [("nvjet", 1e-4), ("flash_fwd", 2e-4), ("add", 3e-4)])
+    monkeypatch.setattr(parts, "profile_step", lambda *_: PROFILE)
     records = list(StepBench(request(baselines=["rank-0"]), lambda _: None).run())
     ours, without = records
     assert list(ours["parts"]) == list(PARTS) and without["parts"] == {}
@@ -52,7 +57,7 @@ def test_parts_of_a_step_are_recorded_and_printed(monkeypatch: pytest.MonkeyPatc
     text = captured.get()
     for name in PARTS:
         (row,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-        assert f"{ours['parts'][name]['value']:.3f}" in row
+        assert f"{ours['parts'][name]['value']:.3f}" in row and f"{ours['parts'][name]['busy']:.3f}" in row
     assert text.count("floor") == 2  # one step has parts: its title and its column
 
 
@@ -61,5 +66,5 @@ def test_torch_gives_profiles_the_fields_that_are_read() -> None:
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         torch.ones(64, 64) @ torch.ones(64, 64)
-    events = [(e.name, e.device_type.name, e.time_range.elapsed_us()) for e in profiler.events()]
+    events = [(e.name, e.device_type.name, e.time_range.end - e.time_range.start) for e in profiler.events()]
     assert any(name == "aten::mm" and device == "CPU" and elapsed > 0 for name, device, elapsed in events)

@@ -40,7 +40,7 @@ def test_peaks_of_a_step(calls: list[object]) -> None:
     memory = step_memory(model, inputs, 6.5, True, torch.device("cuda"))
     assert memory == {"weights": 6.5, "peak": 8.5, "peak_graph": 8.0}
     eager = [False, "step", "reset", "step"]
-    assert calls == [*eager, "empty", True, "step", "step", "step", "empty", True]
+    assert calls == [*eager, "empty", True, "step", "step", "empty", True]
     assert described(memory) == "weights 6.50, peak 8.50, peak_graph 8.00 GiB"
 
 

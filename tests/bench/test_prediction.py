@@ -139,8 +139,8 @@ def test_predictions_stand_beside_measured_times(monkeypatch: pytest.MonkeyPatch
     assert ours["prediction"]["value"] == pytest.approx(linear_ms(GPUS[0], 64, 256, 128, 16), abs=1e-4)
     assert "prediction" not in theirs
     parts = {
-        "products": {"value": 4.0, "floor": 1.0, "why": "work"},
-        "idle": {"value": 1.0, "floor": 0.0, "why": "none"},
+        "products": {"value": 4.0, "busy": 4.5, "floor": 1.0, "why": "work"},
+        "idle": {"value": 1.0, "busy": 0.0, "floor": 0.0, "why": "none"},
     }
     step = {**ours, "bench": "step", "prediction": found, "parts": parts, "floor": {"value": 1.0}}
     console = Console(width=200)
@@ -149,4 +149,4 @@ def test_predictions_stand_beside_measured_times(monkeypatch: pytest.MonkeyPatch
     text = captured.get()
     assert text.count("predicted") == 3 and f"{ours['prediction']['value']:.4g}" in text
     (line,) = [line for line in text.splitlines() if line.startswith("products ")]
-    assert line.split()[1:5] == ["4.000", f"{found['parts']['products']:.3f}", "1.000", "3.000"]
+    assert line.split()[1:6] == ["4.000", "4.500", f"{found['parts']['products']:.3f}", "1.000", "3.000"]

@@ -43,6 +43,34 @@ def test_candidates_take_turns_and_inputs_rotate(monkeypatch: pytest.MonkeyPatch
     assert timings == {"a": Timing(3.0, 1.0, 5.0, 3), "b": Timing(4.0, 2.0, 6.0, 3)}
 
 
+def test_a_time_limit_ends_runs_but_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: clock[0])
+
+    def work() -> None:
+        clock[0] += 2.0
+
+    monkeypatch.setattr(protocol, "milliseconds", lambda function, *_: (function(), 5.0)[1])
+    both = {"a": [work], "b": [work]}
+    assert {t.runs for t in interleaved(both, 20, CPU, warmup=0, seconds=25.0).values()} == {7}
+    assert {t.runs for t in interleaved(both, 20, CPU, warmup=0, seconds=5.0).values()} == {protocol.LEAST_RUNS}
+    assert {t.runs for t in interleaved(both, 20, CPU, warmup=0).values()} == {20}
+
+
+def test_a_time_limit_ends_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = [0.0], iter([1.0, 2.0] * 20)
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: clock[0])
+
+    def run() -> float:
+        clock[0] += 2.0
+        return next(times)
+
+    settle(run, 3, seconds=9.0)
+    assert clock[0] == 10.0
+    settle(run, 3, seconds=1.0)
+    assert clock[0] == 16.0  # three runs in any case
+
+
 def test_ratios_of_times_and_of_errors() -> None:
     baselines = {"x": Timing(30.0, 1, 1, 1), "zero": Timing(0.0, 0, 0, 1)}
     faster = record("step", {}, "v", {}, Timing(10.0, 9.0, 12.0, 20), CPU, baselines)

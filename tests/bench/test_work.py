@@ -28,8 +28,8 @@ def test_flux_at_1024() -> None:
     assert work.packed_bytes == pytest.approx((0.5 + 2 / 64) * (12 * H**2) * (2 * 19 + 38))
     # Modulations: 12 H^2 in a double block, 3 H^2 in a single one, with scales and zeros.
     assert work.modulation_bytes == pytest.approx((0.5 + 4 / 64) * H**2 * (12 * 19 + 3 * 38))
-    # qkv (with the MLP's first in a single block), out and down; the MLP's first apart in a double block.
-    assert work.quantize_bytes == 3 * H * tokens * (7 * 19 + 6 * 38)
+    # qkv (with the MLP's first in a single block) and out; the MLP's first apart in a double block.
+    assert work.quantize_bytes == 3 * H * tokens * (3 * 19 + 2 * 38)
     assert work.outer_flops == 2 * H * (4096 * (128 + 64) + 512 * 4096)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from tonfa.cli.bench import ENOUGH_RUNS, parse_pair
+from tonfa.bench.protocol import Timing
+from tonfa.cli.bench_options import parse_pair
+from tonfa.cli.bench_run import ENOUGH_RUNS
 from tonfa.version import __version__
 
-COMMANDS = ("step", "linear", "attention", "image", "error")
+COMMANDS = ("step", "waterfall", "linear", "attention", "image", "error")
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int,
@@ -80,7 +82,9 @@ def test_step(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
     assert ours["settings"] == {
         "weights": "int4",
         "activations": "int8",
-        "attention": "ops.attention.reference",
+        "attention": "sdpa",
+        "attention_kernel": "ops.attention.reference",
+        "fused": True,
         "graph": False,
         "rank": 16,
         "backend": "cpu",
@@ -90,6 +94,35 @@ def test_step(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
     assert ours["memory_gib"]["weights"] < eager["memory_gib"]["weights"]
     assert re.search(r"^ +\d+\.\d s  checked tonfa", result.stderr, re.MULTILINE)
     assert "tonfa int4 weights, int8 activations" in result.stdout and "x bf16-eager" in result.stdout
+
+
+def test_waterfall(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
+    small = ("--model", depth_pipeline, "--size", "32x48", "--text-tokens", 8, "--rank", 16, "--blocks", "1x2")
+    result = tonfa("bench", "waterfall", "--device", "cpu", *small, "--out", "r")
+    assert result.exit_code == 0, result.output
+    lines = records(tmp_path / "r", "waterfall", {"height": 32, "layers": [1, 2]}, {"bf16-eager"})
+    found = {line["case"]["bar"]: (line["case"]["technique"], line["settings"].get("fused")) for line in lines}
+    assert found == {
+        0: ("16-bit weights, eager", None),
+        1: ("4-bit weights, INT8 products", False),
+        2: ("fused kernels", True),
+    }
+    (title,) = [line for line in result.stdout.splitlines() if line.startswith("waterfall: ")]
+    assert "nothing fused" in result.stdout and "technique" not in title
+
+
+def test_a_time_limit_takes_the_place_of_runs(tonfa, depth_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tonfa.bench.step.interleaved", few_runs)
+    small = (*STEP, "--model", depth_pipeline, "--rank", 16, "--baseline", "bf16-eager")
+    assert tonfa("bench", *small, "--seconds", 5, "--out", "r").exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    assert [line["runs"] for line in lines] == [7, 7]
+    result = tonfa("bench", *small, "--out", "s")
+    assert "not recorded, 7 runs are too few" in result.stderr and not (tmp_path / "s").exists()
+
+
+def few_runs(candidates: dict[str, Any], *_: object, **__: object) -> dict[str, Timing]:
+    return {name: Timing(2.0, 1.0, 3.0, 7) for name in candidates}
 
 
 def test_linear(tonfa, tmp_path: Path) -> None:
@@ -147,6 +180,7 @@ def test_error(tonfa, depth_pipeline: Path, checkpoint: Path, tmp_path: Path) ->
         lines = records(file, "error", case, {"int4"})
         errors = {line["case"]["activations"]: line["value"] for line in lines}
         assert all(line["unit"] == "relative" and line["runs"] == 1 for line in lines)
+        assert all(line["settings"]["attention"] == "sdpa" and line["case"]["layers"] == [1, 1] for line in lines)
         assert errors["none"] < errors["int8"] < errors["fp8"] < errors["int4"] < 0.5
         assert lines[-1]["settings"]["backend"] in ("cpu", "reference")
 
@@ -155,6 +189,16 @@ def test_published_arithmetic_is_measured_unasked(tonfa, depth_pipeline: Path, t
     small = ("--size", "32x32", "--text-tokens", 8, "--activations", "int8", "--out", "r")
     assert tonfa("bench", "error", "--device", "cpu", "--model", depth_pipeline, *small).exit_code == 0
     assert [line["case"]["activations"] for line in records(tmp_path / "r", "error", {}, {"int4"})] == ["int8", "int4"]
+
+
+def test_error_of_a_few_blocks(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
+    small = ("--size", "32x32", "--text-tokens", 8, "--activations", "int8", "--blocks", "1x2")
+    assert tonfa("bench", "error", "--device", "cpu", "--model", "demo", *small, "--out", "r").exit_code == 0
+    case = {"model": "demo", "layers": [1, 2]}
+    ours, published = records(tmp_path / "r", "error", case, {"int4"})
+    assert ours["ratios"]["int4"] < 0.5 and published["variant"] == "tonfa int4 weights, int4 activations"
+    result = tonfa("bench", "error", "--device", "cpu", "--model", depth_pipeline, *small)
+    assert result.exit_code == 1 and "--blocks: a model with its own weights" in result.stderr
 
 
 def test_records_of_two_runs_stand_in_one_file(tonfa, tmp_path: Path) -> None:
@@ -197,6 +241,10 @@ def test_each_command_has_a_description_and_an_example(tonfa, name: str) -> None
         (("step", "--weights", "int2"), "'int2' is none of int4, fp8"),
         (("error", "--activations", "int2"), "'int2' is none of int4, int8, fp8, none"),
         (("linear", "--rank", "-1"), "greater than or equal to 0"),
+        (("step", "--blocks", "3"), "'3' is no pair of positive multiples of 1"),
+        (("waterfall", "--blocks", "0x4"), "'0x4' is no pair"),
+        (("step", "--seconds", "1"), "greater than or equal to 5"),
+        (("step", "--attention", "fast"), "'fast' is not one of"),
     ],
 )
 def test_wrong_usage_is_2(tonfa, arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -211,6 +259,8 @@ def test_wrong_usage_is_2(tonfa, arguments: tuple[str, ...], message: str, tmp_p
         (("step", "--device", "cuda:99"), "--device cuda:99"),
         (("step", "--device", "cpu", "--weights", "fp8"), "weights='fp8': the cpu backend"),
         (("step", "--device", "cpu", "--model", "nowhere"), "--model nowhere"),
+        (("step", "--device", "cpu", "--attention", "fp8"), "attention='fp8' does not run on cpu"),
+        (("error", "--device", "cpu", "--attention", "fp8", "--blocks", "1x1"), "attention='fp8' does not run on cpu"),
         (("image", "--device", "cpu", "--model", "nowhere"), "--model nowhere: no folder of a Diffusers pipeline"),
         (("error", "--device", "cpu", "--model", "."), "--model ."),
         (("linear", "--device", "cpu", "--baseline", "scaled-mm-fp8"), "multiplies no FP8"),

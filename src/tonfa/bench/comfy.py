@@ -18,12 +18,19 @@ LAYOUT = "TensorCoreSVDQuantW4A4Layout"
 def comfy_linear(w: SVDQWeights) -> Callable[[Tensor], Tensor]:
     """x (M, K) -> (M, N) with the same weights: its canonical layout is ours.
 
-    Quantizes x to 4 bits inside, on the path that its own users run. Raises UnsupportedError where it is not installed.
+    Quantizes x to 4 bits inside, on the path that its own users run. Raises UnsupportedError where it is not installed,
+    and on a GPU where its compiled kernels are not: it would compute in plain PyTorch then, without a word.
     """
     try:
         from comfy_kitchen.tensor import QuantizedTensor, TensorCoreSVDQuantW4A4Layout
     except ImportError as error:
         raise UnsupportedError(f"comfy-kitchen cannot be used (pip install comfy-kitchen): {error}") from error
+    if w.qweight.device.type == "cuda":
+        from comfy_kitchen.backends import cuda
+
+        if not getattr(cuda, "_EXT_AVAILABLE", True):
+            reason = getattr(cuda, "_EXT_ERROR", None) or "it gives no reason"
+            raise UnsupportedError(f"comfy-kitchen's CUDA kernels are not loaded: {reason}")
     params = TensorCoreSVDQuantW4A4Layout.Params(
         scale=w.wscales,
         orig_dtype=w.wscales.dtype,

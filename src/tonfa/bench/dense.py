@@ -13,8 +13,10 @@ from torch import nn
 from tonfa.bench import synthetic
 from tonfa.errors import UnsupportedError
 
-EAGER, COMPILED, TORCHAO = "bf16-eager", "bf16-compiled", "torchao-fp8-compiled"
+EAGER, EAGER_CUDNN, COMPILED, TORCHAO = "bf16-eager", "bf16-eager-cudnn", "bf16-compiled", "torchao-fp8-compiled"
 DENSE_BASELINES = (EAGER, COMPILED, TORCHAO)
+"""What people run; EAGER_CUDNN tells how much of it the choice of attention is."""
+COMPILING = (COMPILED, TORCHAO)
 
 
 def missing(name: str, device: torch.device) -> str | None:
@@ -39,7 +41,7 @@ class DenseModels:
     def build(self, name: str) -> FluxTransformer2DModel:
         """The baseline of this name, if it is not `missing`; compilation happens in its first step.
 
-        Compiled ones share the eager model's tensors; torchao's replaces the weights of its blocks' linears.
+        The others share the eager model's tensors; torchao's replaces the weights of its blocks' linears.
         """
         if name == EAGER:
             return self._eager
@@ -49,7 +51,8 @@ class DenseModels:
         if name == TORCHAO:
             _to_fp8(model)
         model.set_attention_backend("_native_cudnn" if self._device.type == "cuda" else "native")
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False)  # for each size, as a first compilation is
+        if name in COMPILING:
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False)  # for each size, as a first compilation is
         # Diffusers keeps the last backend for all models that name none, beside the model's own.
         self._eager.set_attention_backend("native")
         return model

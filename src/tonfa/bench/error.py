@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tonfa.bench.models import four_bit_model
 from tonfa.bench.protocol import Say, Timing, record
 from tonfa.bench.synthetic import step_inputs
-from tonfa.bench.variant import finite
+from tonfa.bench.variant import Variant, finite
 from tonfa.layers.linear import SVDQLinear
+from tonfa.ops.table import DEFAULT_ATTENTION
 
 PUBLISHED = "int4"
 """The activations of the published W4A4 arithmetic."""
@@ -26,11 +27,15 @@ class ErrorRequest:
     """Everything that `tonfa bench error` was asked for."""
 
     model: str
+    blocks: tuple[int, int] | None
+    """Double and single blocks of a random model; None for all."""
     height: int
     width: int
     text_tokens: int
     rank: int
     activations: Sequence[str]
+    attention: str
+    """Of all but the published arithmetic, whose attention is in 16 bits."""
     seed: int
     device: torch.device
 
@@ -43,7 +48,7 @@ def bench_error(request: ErrorRequest, say: Say) -> list[dict[str, Any]]:
     """
     device = request.device
     with torch.no_grad():
-        model = four_bit_model(request.model, request.rank, device, request.seed).set_cuda_graphs(False)
+        model = four_bit_model(request.model, request.rank, device, request.seed, request.blocks).set_cuda_graphs(False)
         rank = int(model.config.quantization_config["rank"])
         inputs = step_inputs(
             model.config, request.height, request.width, 1, request.text_tokens, device, seed=request.seed + 1
@@ -53,7 +58,8 @@ def bench_error(request: ErrorRequest, say: Say) -> list[dict[str, Any]]:
         found: dict[str, tuple[float, str]] = {}
         for activations in dict.fromkeys((*request.activations, PUBLISHED)):
             started = time.perf_counter()
-            output = model.set_activations(activations)(**inputs)[0].float()
+            model.set_activations(activations).set_attention(_attention(request, activations))
+            output = model(**inputs)[0].float()
             finite(output, f"{activations} activations")
             error = float((output - exact).norm() / exact.norm())
             found[activations] = error, _backend(model)
@@ -63,6 +69,7 @@ def bench_error(request: ErrorRequest, say: Say) -> list[dict[str, Any]]:
         "model": request.model if not Path(request.model).is_absolute() else Path(request.model).name,
         "size": [request.height, request.width],
         "text_tokens": request.text_tokens,
+        "layers": [model.config["num_layers"], model.config["num_single_layers"]],
         "rank": rank,
         "seed": request.seed,
     }
@@ -71,8 +78,13 @@ def bench_error(request: ErrorRequest, say: Say) -> list[dict[str, Any]]:
         record(
             bench="error",
             case={**case, "activations": activations},
-            variant=f"tonfa int4 weights, {activations} activations",
-            settings={"weights": "int4", "activations": activations, "backend": backend},
+            variant=Variant("int4", activations, rank, True, _attention(request, activations)).name,
+            settings={
+                "weights": "int4",
+                "activations": activations,
+                "attention": _attention(request, activations),
+                "backend": backend,
+            },
             timing=Timing.of([error]),
             device=device,
             baselines={PUBLISHED: published},
@@ -80,6 +92,10 @@ def bench_error(request: ErrorRequest, say: Say) -> list[dict[str, Any]]:
         )
         for activations, (error, backend) in found.items()
     ]
+
+
+def _attention(request: ErrorRequest, activations: str) -> str:
+    return DEFAULT_ATTENTION if activations == PUBLISHED else request.attention
 
 
 def _exact(model: Any, inputs: dict[str, Any]) -> Tensor:

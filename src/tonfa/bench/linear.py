@@ -108,6 +108,7 @@ def baseline(
     """The baseline of this name on each input. Raises UnsupportedError where it cannot run."""
     if name == COMFY:
         linear = comfy_linear(layer.weights())
+        _check_published(linear, inputs[0][:CHECK_ROWS], weight, bias)
         return [partial(linear, x) for x in inputs]
     if name == SCALED_MM:
         if not has_fp8(weight.device):
@@ -119,6 +120,18 @@ def baseline(
     dtype = torch.float32 if name == TORCH_FP32 else torch.bfloat16
     dense = weight.to(dtype), bias.to(dtype)
     return [partial(functional.linear, x.to(dtype), *dense) for x in inputs]
+
+
+def _check_published(linear: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise UnsupportedError unless a linear of others runs, and is as far from float64 as W4A4 arithmetic is."""
+    try:
+        found = linear(x).double()
+    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        raise UnsupportedError(f"it fails with {type(error).__name__}: {' '.join(str(error).split())}") from error
+    exact = x.double() @ weight.double().T + bias.double()
+    off = float((found - exact).norm() / exact.norm())
+    if not off <= CHECK_BOUNDS["int4"]:
+        raise UnsupportedError(f"it is off by {off:.1%} from float64, {CHECK_BOUNDS['int4']:.0%} at most is allowed")
 
 
 def _product_alone(x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 
 from tonfa.bench.synthetic import DEMO, FULL, quantized_model
 from tonfa.checkpoint.reading import read_json
-from tonfa.errors import CheckpointError
+from tonfa.errors import CheckpointError, UnsupportedError
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.quantizer.recipe import Recipe
 
@@ -31,20 +31,27 @@ def transformer_folder(name: str) -> Path:
     return folder
 
 
-def configuration(name: str) -> dict[str, Any]:
-    """The architecture of the model of this name, for random weights."""
+def configuration(name: str, blocks: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The architecture of the model of this name, for random weights; with so many double and single blocks."""
     if name in SYNTHETIC:
-        return SYNTHETIC[name]
-    stored = read_json(transformer_folder(name) / "config.json")
-    return {key: stored.get(key, default) for key, default in FULL.items()} | {
-        key: tuple(stored[key]) for key in ("axes_dims_rope",) if key in stored
-    }
+        found = dict(SYNTHETIC[name])
+    else:
+        stored = read_json(transformer_folder(name) / "config.json")
+        found = {key: stored.get(key, default) for key, default in FULL.items()}
+        found |= {key: tuple(stored[key]) for key in ("axes_dims_rope",) if key in stored}
+    if blocks is not None:
+        found |= {"num_layers": blocks[0], "num_single_layers": blocks[1]}
+    return found
 
 
-def four_bit_model(name: str, rank: int, device: torch.device, seed: int) -> SVDQFluxTransformer2DModel:
+def four_bit_model(
+    name: str, rank: int, device: torch.device, seed: int, blocks: tuple[int, int] | None = None
+) -> SVDQFluxTransformer2DModel:
     """The 4-bit model of this name in bf16: random weights, a 4-bit checkpoint, or a 16-bit one quantized now."""
     if name in SYNTHETIC:
-        return quantized_model(SYNTHETIC[name], rank, device, seed)
+        return quantized_model(configuration(name, blocks), rank, device, seed)
+    if blocks is not None:
+        raise UnsupportedError(f"--blocks: a model with its own weights has all of its blocks, --model {name} is one")
     folder = transformer_folder(name)
     if read_json(folder / "config.json").get("quantization_config") is not None:
         return SVDQFluxTransformer2DModel.from_pretrained(folder, device=device, dtype=torch.bfloat16)

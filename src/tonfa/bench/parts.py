@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|sdpa|attention|softmax"),
     ("expand", r"expand|widen|decode"),
     ("products", r"product|gemm|nvjet|cutlass|cublas|xmma|wgmma|matmul|splitk|scaled_mm|gemv"),
-    ("quantize", r"quantize|norm_modulate"),
+    ("quantize", r"quantize|norm_modulate|add_lowrank|add_partials|^_measure|^_round"),
     ("modulation", r"w4a16|modulation"),
 )
 """Part and pattern, the first that a kernel's name holds; a fused kernel counts where most of its time goes."""
@@ -32,29 +33,62 @@ def classify(kernel: str) -> str:
     return next((part for part, pattern in RULES if re.search(pattern, name)), REST)
 
 
-def by_part(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """(name, milliseconds) of every kernel -> milliseconds by part."""
-    sums = dict.fromkeys(PARTS, 0.0)
-    for name, elapsed in kernels:
-        sums[classify(name)] += elapsed
-    return sums
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel or copy on the GPU: milliseconds on any clock that all of a step share."""
+
+    name: str
+    start: float
+    end: float
 
 
-def profile_step(step: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
-    """Every GPU kernel and copy of one step: (name, milliseconds)."""
+@dataclass(frozen=True)
+class Shares:
+    """Milliseconds of a part."""
+
+    exposed: float
+    """In which it kept the GPU busy and nothing that started earlier did: these sum to the busy time of the step."""
+    busy: float
+    """Of its kernels, those that run beside others included."""
+
+
+def by_part(kernels: Iterable[Kernel]) -> dict[str, Shares]:
+    """Every part's share of the time in which any kernel runs.
+
+    Where kernels overlap, the time is that of the one that started first: a kernel that is launched early waits for
+    the one in front of it, and what runs beside a longer one costs nothing but what is left when that is done.
+    """
+    exposed, busy = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+    covered = float("-inf")
+    for kernel in sorted(kernels, key=lambda k: (k.start, k.end)):
+        part = classify(kernel.name)
+        exposed[part] += max(0.0, kernel.end - max(kernel.start, covered))
+        busy[part] += kernel.end - kernel.start
+        covered = max(covered, kernel.end)
+    return {name: Shares(exposed[name], busy[name]) for name in PARTS}
+
+
+def profile_step(step: Callable[[], Any], device: torch.device) -> list[Kernel]:
+    """Every GPU kernel and copy of one step."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize(device)
-    events = profiler.events() or []
-    return [(e.name, e.time_range.elapsed_us() * 1e-3) for e in events if e.device_type.name == "CUDA"]
+    return [
+        Kernel(e.name, e.time_range.start * 1e-3, e.time_range.end * 1e-3)
+        for e in profiler.events() or []
+        if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)
+    ]
 
 
-def floors(work: Work, ceilings: Ceilings, weights: str, activations: str) -> dict[str, tuple[float, str]]:
+def floors(
+    work: Work, ceilings: Ceilings, weights: str, activations: str, attention: str = "sdpa"
+) -> dict[str, tuple[float, str]]:
     """Milliseconds that a part takes at the measured ceilings if everything around it is fused, and the reckoning."""
     rate, kind = ceilings.product(activations)
+    attending, how = ceilings.attending(attention)
 
     def flops(amount: float, at: float, what: str) -> tuple[float, str]:
         return amount / at * 1e3, f"{amount / 1e12:.1f} TFLOP at {at / 1e12:.0f} TFLOP/s ({what})"
@@ -67,7 +101,7 @@ def floors(work: Work, ceilings: Ceilings, weights: str, activations: str) -> di
         "quantize": moved(work.quantize_bytes),
         "products": (main[0] + branch[0], f"{main[1]} + {branch[1]}"),
         "expand": moved(work.packed_bytes) if weights == "int4" and activations != "int4" else (0.0, "nothing to do"),
-        "attention": flops(work.attention_flops, ceilings.attention, "BF16"),
+        "attention": flops(work.attention_flops, attending, how),
         "modulation": moved(work.modulation_bytes),
         REST: flops(work.outer_flops, ceilings.bf16, "BF16, embedders and output"),
         IDLE: (0.0, "none"),
@@ -75,13 +109,24 @@ def floors(work: Work, ceilings: Ceilings, weights: str, activations: str) -> di
 
 
 def described(
-    kernels: Iterable[tuple[str, float]], step_ms: float, least: dict[str, tuple[float, str]]
+    kernels: Iterable[Kernel], step_ms: float, least: dict[str, tuple[float, str]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Parts and floor of a step, as a record holds them: value and floor in ms, why; their sum."""
-    values = by_part(kernels)
-    values[IDLE] = max(0.0, step_ms - sum(values.values()))
+    """Parts and floor of a step, as a record holds them: value, busy and floor in ms, why; their sum.
+
+    Values sum to `step_ms`. Under the profiler kernels may take longer than in the timed step: then shares count.
+    """
+    shares = by_part(kernels)
+    running = sum(share.exposed for share in shares.values())
+    scale = min(1.0, step_ms / running) if running else 1.0
+    values = {name: scale * share.exposed for name, share in shares.items()}
+    values[IDLE] = max(0.0, step_ms - running)
     parts = {
-        name: {"value": round(values[name], 4), "floor": round(least[name][0], 4), "why": least[name][1]}
+        name: {
+            "value": round(values[name], 4),
+            "busy": round(shares[name].busy, 4),
+            "floor": round(least[name][0], 4),
+            "why": least[name][1],
+        }
         for name in PARTS
     }
     why = "; ".join(f"{name}: {reason}" for name, (bound, reason) in least.items() if bound)

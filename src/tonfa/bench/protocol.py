@@ -25,6 +25,8 @@ WARMUP = 3
 """Runs before the first that is timed, at least."""
 WARMUP_MOST = 20
 """Warming up ends here, stable or not: a machine that others use never is."""
+LEAST_RUNS = 5
+"""Of each candidate where a time limit leaves room for no more."""
 STABLE = 0.05
 """The last three runs of a warm candidate lie within this share of their median."""
 QUEUE_CYCLES = 2_000_000
@@ -74,12 +76,18 @@ def milliseconds(function: Callable[[], Any], device: torch.device, queued: bool
     return float(begin.elapsed_time(end))
 
 
-def settle(run: Callable[[], float], least: int) -> None:
-    """Run until the last three times agree: first runs compile, bind weights, record graphs and fill caches."""
+def settle(run: Callable[[], float], least: int, seconds: float | None = None) -> None:
+    """Run until the last three times agree: first runs compile, bind weights, record graphs and fill caches.
+
+    `seconds` ends it earlier, after `least` runs at least.
+    """
     times: list[float] = []
+    started = time.perf_counter()
     while len(times) < max(least, WARMUP_MOST if least else 0):
         times.append(run())
         last = times[-3:]
+        if seconds is not None and len(times) >= least and time.perf_counter() - started > seconds:
+            return
         if len(times) >= max(least, 3) and max(last) - min(last) <= STABLE * statistics.median(last):
             return
 
@@ -90,17 +98,22 @@ def interleaved(
     device: torch.device,
     warmup: int = WARMUP,
     queued: bool = False,
+    seconds: float | None = None,
 ) -> dict[str, Timing]:
     """Time the candidates in turn, so that what else the machine does meets all of them alike.
 
     Each has a list of functions, taken one after another, so that no run finds its input in a cache. Each is warmed up
-    first, `warmup` runs at least; 0 measures the first run.
+    first, `warmup` runs at least; 0 measures the first run. `seconds` is a limit for the timed runs of all together;
+    each has LEAST_RUNS even if they take longer.
     """
     turns = {name: cycle(functions) for name, functions in candidates.items()}
     for functions in turns.values():
-        settle(lambda functions=functions: milliseconds(next(functions), device, queued), warmup)  # type: ignore[misc]
+        settle(lambda functions=functions: milliseconds(next(functions), device, queued), warmup, seconds)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(runs):
+    started = time.perf_counter()
+    for run in range(runs):
+        if seconds is not None and run >= LEAST_RUNS and time.perf_counter() - started > seconds:
+            break
         for name, functions in turns.items():
             times[name].append(milliseconds(next(functions), device, queued))
     return {name: Timing.of(values) for name, values in times.items()}

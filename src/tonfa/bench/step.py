@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tonfa.bench import ceilings, dense, memory, parts, prediction, synthetic
-from tonfa.bench.protocol import Say, interleaved, record
+from tonfa.bench.protocol import Say, Timing, interleaved, record
 from tonfa.bench.variant import CHECK_SIZE, CHECK_TEXT, Variant, build, check, finite
 from tonfa.bench.work import flux_work
+from tonfa.dispatch import bind_attention
 from tonfa.errors import UnsupportedError
 from tonfa.layers.linear import SVDQLinear
 
 RANK_0 = "rank-0"
 """The first variant without its low-rank branch."""
-BASELINES = (*dense.DENSE_BASELINES, RANK_0)
+BASELINES = (*dense.DENSE_BASELINES, dense.EAGER_CUDNN, RANK_0)
 
 _FAILURES = (RuntimeError, TypeError, AttributeError, AssertionError)
 """What other people's code raises: compilers and a full GPU RuntimeError, versions that do not fit the others."""
@@ -52,16 +55,32 @@ class StepRequest:
     runs: int
     seed: int
     device: torch.device
+    seconds: float | None = None
+    """A limit for the timed runs of a case."""
+    parts: bool = True
+    """Whether our steps are divided into parts on a GPU."""
 
 
-@dataclass
-class _Candidate:
+@dataclass(frozen=True)
+class Candidate:
     """A model that is timed."""
 
-    variant: str
-    settings: dict[str, Any]
+    name: str
+    settings: Mapping[str, Any]
     model: Any
     weights_gib: float
+    ours: Variant | None = None
+    """None for a model of others."""
+
+    def step(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The velocity."""
+        output: Tensor = self.model(**inputs)[0]
+        return output
+
+    def forget_graphs(self) -> None:
+        """Free what steps of other shapes recorded."""
+        if self.ours is not None:
+            self.model.set_cuda_graphs(self.ours.graph)
 
 
 def _kernel_name(function: Any) -> str:
@@ -70,7 +89,10 @@ def _kernel_name(function: Any) -> str:
 
 
 class StepBench:
-    """Builds every model once, then measures case by case."""
+    """Builds every model once, then measures case by case.
+
+    What does not fit into the GPU's memory is said and left out; everything else is measured.
+    """
 
     def __init__(self, request: StepRequest, say: Say) -> None:
         self._request, self._say, self._device = request, say, request.device
@@ -82,22 +104,37 @@ class StepBench:
         """
         with torch.no_grad():  # torch.compile and tensor subclasses know it better than inference_mode
             ours = self._ours()
-            held = {
-                (candidate.variant, case): self._memory(candidate, case)
-                for candidate in ours
-                for case in self._request.cases
-            }
+            held = [self._held(case, ours) for case in self._request.cases]
             baselines = self._baselines(self._request.variants[0])
-        for case in self._request.cases:
+        for case, memories in zip(self._request.cases, held, strict=True):
             with torch.no_grad():
-                records = list(self._case(case, ours, baselines, held))
+                records = list(self._case(case, [*ours, *baselines], memories))
             yield from records
 
-    def _ours(self) -> list[_Candidate]:
-        found = []
+    def _fits(self, what: str, run: Callable[[], Any]) -> bool:
+        """Whether it was done; if not, the GPU's memory is full, which is said."""
+        try:
+            run()
+        except torch.OutOfMemoryError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            self._say(f"skipped {what}: {reason}")
+        else:
+            return True
+        # The traceback, which holds what did not fit, is gone here.
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+
+    def _ours(self) -> list[Candidate]:
+        found: list[Candidate] = []
+
+        def add(variant: Variant) -> None:
+            found.append(self._candidate(variant))
+
         for variant in self._request.variants:
             try:
-                found.append(self._candidate(variant))
+                self._fits(variant.name, partial(add, variant))
             except UnsupportedError as error:
                 if len(self._request.variants) == 1:
                     raise
@@ -106,7 +143,7 @@ class StepBench:
             raise UnsupportedError("none of the variants can run here")
         return found
 
-    def _candidate(self, variant: Variant) -> _Candidate:
+    def _candidate(self, variant: Variant, name: str = "") -> Candidate:
         request = self._request
         error = check(variant, request.config, self._device, request.seed)
         self._say(f"checked {variant.name}: {error:.2%} from the reference on a small model")
@@ -118,46 +155,52 @@ class StepBench:
         held = (memory.allocated(self._device) - before) / 2**30 or memory.tensor_gib(model)
         model.set_cuda_graphs(variant.graph)
         layer = next(m for m in model.modules() if isinstance(m, SVDQLinear))
-        kernels = layer.binding().kernels
+        kernels, chosen = layer.binding().kernels, bind_attention(self._device, variant.attention)
         self._say(f"built {variant.name}: {held:.2f} GiB, {kernels.backend} backend")
         settings = {
             "weights": variant.weights,
             "activations": variant.activations,
-            "attention": _kernel_name(kernels.attention),
+            "attention": variant.attention,
+            "attention_kernel": _kernel_name(kernels.attention if chosen is None else chosen.attend),
+            "fused": variant.fused,
             "graph": variant.graph and self._device.type == "cuda",
             "rank": variant.rank,
             "backend": kernels.backend,
         }
-        return _Candidate(variant.name, settings, model, held)
+        return Candidate(name or variant.name, settings, model, held, variant)
 
-    def _baselines(self, first: Variant) -> dict[str, _Candidate]:
-        found: dict[str, _Candidate] = {}
-        models: dense.DenseModels | None = None
-        for name in self._request.baselines:
-            try:
-                if name == RANK_0:
-                    found[name] = self._candidate(replace(first, rank=0))
-                    continue
-                reason = dense.missing(name, self._device)
-                if reason is not None:
-                    raise UnsupportedError(f"baseline {name}: {reason}")
-                models = models or dense.DenseModels(self._request.config, self._device, self._request.seed)
-                model = models.build(name)
-            except UnsupportedError as error:
-                if self._request.explicit:
-                    raise
-                self._say(f"skipped {error}")
-                continue
+    def _baselines(self, first: Variant) -> list[Candidate]:
+        found: list[Candidate] = []
+        models: list[dense.DenseModels] = []
+
+        def add(name: str) -> None:
+            if name == RANK_0:
+                found.append(self._candidate(replace(first, rank=0), RANK_0))
+                return
+            reason = dense.missing(name, self._device)
+            if reason is not None:
+                raise UnsupportedError(f"baseline {name}: {reason}")
+            if not models:
+                models.append(dense.DenseModels(self._request.config, self._device, self._request.seed))
+            model = models[0].build(name)
             weights = "fp8" if name == dense.TORCHAO else "bf16"
             settings = {
                 "weights": weights,
                 "activations": weights,
                 "attention": dense.attention_backend(name, self._device),
                 "graph": False,
-                "compiled": name != dense.EAGER,
+                "compiled": name in dense.COMPILING,
             }
-            found[name] = _Candidate(name, settings, model, memory.tensor_gib(model))
+            found.append(Candidate(name, settings, model, memory.tensor_gib(model)))
             self._say(f"built {name}")
+
+        for name in self._request.baselines:
+            try:
+                self._fits(f"baseline {name}", partial(add, name))
+            except UnsupportedError as error:
+                if self._request.explicit:
+                    raise
+                self._say(f"skipped {error}")
         return found
 
     def _inputs(self, case: StepCase) -> dict[str, Any]:
@@ -165,38 +208,68 @@ class StepBench:
             self._request.config, case.height, case.width, case.batch, case.text_tokens, self._device
         )
 
-    def _memory(self, candidate: _Candidate, case: StepCase) -> dict[str, float]:
-        graph = bool(candidate.settings["graph"])
-        found = memory.step_memory(candidate.model, self._inputs(case), candidate.weights_gib, graph, self._device)
-        self._say(f"memory of {candidate.variant}, {case.name}: {memory.described(found)}")
+    def _held(self, case: StepCase, candidates: Sequence[Candidate]) -> dict[str, dict[str, float]]:
+        """Memory by candidate; those that do not fit are missing."""
+        found: dict[str, dict[str, float]] = {}
+        inputs = self._inputs(case)
+
+        def measure(candidate: Candidate) -> None:
+            graph = bool(candidate.settings["graph"])
+            held = memory.step_memory(candidate.model, inputs, candidate.weights_gib, graph, self._device)
+            self._say(f"memory of {candidate.name}, {case.name}: {memory.described(held)}")
+            found[candidate.name] = held
+
+        for candidate in candidates:
+            self._fits(f"{candidate.name} at {case.name}", partial(measure, candidate))
+            candidate.forget_graphs()
         return found
 
     def _case(
-        self,
-        case: StepCase,
-        ours: Sequence[_Candidate],
-        baselines: Mapping[str, _Candidate],
-        held: dict[tuple[str, StepCase], dict[str, float]],
+        self, case: StepCase, candidates: Sequence[Candidate], held: dict[str, dict[str, float]]
     ) -> Iterator[dict[str, Any]]:
-        if any(candidate.settings.get("compiled") for candidate in baselines.values()):
+        if any(candidate.settings.get("compiled") for candidate in candidates):
             torch.compiler.reset()  # every case is compiled for its own shapes, and counts towards no limit
         inputs = self._inputs(case)
-        for candidate in ours:
-            finite(candidate.model(**inputs)[0], candidate.variant)
-        baselines = {name: c for name, c in baselines.items() if self._runs(name, c, case, inputs)}
-        everyone = {**{c.variant: c for c in ours}, **baselines}
-        steps = {name: _step(candidate.model, inputs) for name, candidate in everyone.items()}
-        for candidate in baselines.values():
-            held[candidate.variant, case] = self._memory(candidate, case)
-        self._say(f"{case.name}: {self._request.runs} runs of {len(steps)} candidates in turn")
-        timings = interleaved({name: [step] for name, step in steps.items()}, self._request.runs, self._device)
-        reference = {name: timings[name] for name in baselines}
-        rates = self._ceilings(case)
-        for name, candidate in everyone.items():
+        runnable = [
+            c for c in candidates if (c.ours is None or c.name in {*held, RANK_0}) and self._runs(c, case, inputs)
+        ]
+        late = [c for c in runnable if c.name not in held]
+        held.update(self._held(case, late))
+        runnable = [c for c in runnable if c.name in held]
+        yield from self._timed(case, runnable, inputs, held)
+        for candidate in candidates:
+            candidate.forget_graphs()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _timed(
+        self,
+        case: StepCase,
+        candidates: Sequence[Candidate],
+        inputs: Mapping[str, Any],
+        held: Mapping[str, Mapping[str, float]],
+    ) -> Iterator[dict[str, Any]]:
+        request = self._request
+        steps = {c.name: [partial(c.step, inputs)] for c in candidates}
+        timings: dict[str, Timing] = {}
+        if not steps:
+            return
+
+        def measure() -> None:
+            timings.update(interleaved(steps, request.runs, self._device, seconds=request.seconds))
+
+        limit = "" if request.seconds is None else f" in {request.seconds:g} s"
+        self._say(f"{case.name}: {request.runs} runs{limit} of {len(steps)} candidates in turn")
+        if not self._fits(f"all of {case.name}", measure):
+            return
+        reference = {c.name: timings[c.name] for c in candidates if c.name in request.baselines}
+        rates = self._ceilings(case, candidates)
+        for candidate in candidates:
             shares, floor = None, None
-            if rates is not None and name not in baselines:
-                self._say(f"{case.name}: profiling a step of {name}")
-                shares, floor = self._parts(case, candidate, steps[name], timings[name].median, rates)
+            if rates is not None and candidate.ours is not None and candidate.name != RANK_0:
+                self._say(f"{case.name}: profiling a step of {candidate.name}")
+                step_ms = timings[candidate.name].median
+                shares, floor = self._parts(case, candidate, steps[candidate.name][0], step_ms, rates)
             yield record(
                 bench="step",
                 case={
@@ -205,48 +278,78 @@ class StepBench:
                     "batch": case.batch,
                     "text_tokens": case.text_tokens,
                     "rank": candidate.settings.get("rank"),
-                    "layers": [self._request.config["num_layers"], self._request.config["num_single_layers"]],
+                    "layers": [request.config["num_layers"], request.config["num_single_layers"]],
                     "hidden": self._hidden(),
-                    "in_channels": self._request.config["in_channels"],
-                    "seed": self._request.seed,
+                    "in_channels": request.config["in_channels"],
+                    "seed": request.seed,
                 },
-                variant=candidate.variant,
+                variant=candidate.name if candidate.ours is None else candidate.ours.name,
                 settings=candidate.settings,
-                timing=timings[name],
+                timing=timings[candidate.name],
                 device=self._device,
                 baselines=reference,
-                memory_gib=held[candidate.variant, case],
+                memory_gib=held[candidate.name],
                 parts=shares,
                 floor=floor,
                 prediction=self._prediction(case, candidate.settings),
             )
 
-    def _runs(self, name: str, candidate: _Candidate, case: StepCase, inputs: Mapping[str, Any]) -> bool:
-        """Whether a baseline's first step, which compiles it, succeeds."""
-        self._say(f"{case.name}: first step of {name}")
-        try:
-            output = candidate.model(**inputs)[0]
-        except _FAILURES as error:
-            first_line = next(iter(str(error).splitlines()), "")
-            reason = f"baseline {name} fails at {case.name}: {type(error).__name__}: {first_line}"
-            if self._request.explicit:
-                raise UnsupportedError(reason) from error
-            self._say(f"skipped {reason}")
+    def _runs(self, candidate: Candidate, case: StepCase, inputs: Mapping[str, Any]) -> bool:
+        """Whether its first step, which compiles it, succeeds.
+
+        Raises UnsupportedError where it is a baseline that was named and fails otherwise than by a full GPU.
+        """
+        reason = self._reason_against(candidate, case)
+        if reason is not None:
+            self._say(f"skipped {candidate.name} at {case.name}: {reason}")
             return False
-        finite(output, name)
-        return True
+        self._say(f"{case.name}: first step of {candidate.name}")
+        found: list[Tensor] = []
+        try:
+            fits = self._fits(f"{candidate.name} at {case.name}", lambda: found.append(candidate.step(inputs)))
+        except _FAILURES as error:
+            if candidate.ours is not None:
+                raise
+            first_line = next(iter(str(error).splitlines()), "")
+            message = f"baseline {candidate.name} fails at {case.name}: {type(error).__name__}: {first_line}"
+            if self._request.explicit:
+                raise UnsupportedError(message) from error
+            self._say(f"skipped {message}")
+            return False
+        for output in found:
+            finite(output, candidate.name)
+        return fits
+
+    def _reason_against(self, candidate: Candidate, case: StepCase) -> str | None:
+        """Attention that would silently be computed in 16 bits is not timed as FP8."""
+        if candidate.ours is None:
+            return None
+        chosen = bind_attention(self._device, candidate.ours.attention)
+        length = synthetic.tokens(case.height, case.width) + case.text_tokens
+        config = self._request.config
+        shape = torch.Size((case.batch, config["num_attention_heads"], length, config["attention_head_dim"]))
+        if chosen is None or chosen.takes(shape, self._device):
+            return None
+        return f"its {candidate.ours.attention} attention does not take {tuple(shape)}"
 
     def _hidden(self) -> int:
         return int(self._request.config["num_attention_heads"] * self._request.config["attention_head_dim"])
 
-    def _ceilings(self, case: StepCase) -> ceilings.Ceilings | None:
-        if self._device.type != "cuda":
+    def _ceilings(self, case: StepCase, candidates: Sequence[Candidate]) -> ceilings.Ceilings | None:
+        ours = [c.ours for c in candidates if c.ours is not None]
+        if self._device.type != "cuda" or not self._request.parts or not ours:
             return None
         self._say(f"{case.name}: measuring what the GPU reaches at best")
         config = self._request.config
         work = flux_work(config, case.height, case.width, case.batch, case.text_tokens, 0)
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
-        return ceilings.measure(work, heads, head_dim, case.batch, self._device)
+        found: list[ceilings.Ceilings] = []
+        asked = {v.activations for v in ours}, {v.attention for v in ours}
+        self._fits(
+            f"the floors at {case.name}",
+            lambda: found.append(ceilings.measure(work, heads, head_dim, case.batch, self._device, *asked)),
+        )
+        return found[0] if found else None
 
     def _prediction(self, case: StepCase, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         gpu = prediction.known_gpu(self._device) if settings.get("backend") == "cuda" else None
@@ -258,20 +361,12 @@ class StepBench:
     def _parts(
         self,
         case: StepCase,
-        candidate: _Candidate,
-        step: Callable[[], Tensor],
+        candidate: Candidate,
+        step: Callable[[], Any],
         step_ms: float,
         rates: ceilings.Ceilings,
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         settings = candidate.settings
         work = flux_work(self._request.config, case.height, case.width, case.batch, case.text_tokens, settings["rank"])
-        least = parts.floors(work, rates, settings["weights"], settings["activations"])
+        least = parts.floors(work, rates, settings["weights"], settings["activations"], settings["attention"])
         return parts.described(parts.profile_step(step, self._device), step_ms, least)
-
-
-def _step(model: Any, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        output: Tensor = model(**inputs)[0]
-        return output
-
-    return step

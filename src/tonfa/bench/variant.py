@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from tonfa.bench import synthetic
-from tonfa.dispatch import default_activations
+from tonfa.dispatch import composed, default_activations, resolve_attention
 from tonfa.errors import TonfaError
+from tonfa.layers.linear import SVDQLinear
+from tonfa.layers.modulation import W4A16Linear
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
+from tonfa.ops.table import DEFAULT_ATTENTION
 
 CHECK_BOUND = 0.05
 """Relative L2 error of a small model's step against the reference backend with the same activations.
 
 The CPU's kernels are at 0.007, by roundings in another order. A kind of layer without its bias, branch or smoothing in
-every block is at 0.086 or more.
+every block is at 0.086 or more. FP8 attention adds 0.014.
 """
 CHECK_SIZE = 256, 256
 CHECK_TEXT = 64
@@ -33,25 +36,43 @@ class Variant:
     activations: str
     rank: int
     graph: bool
+    attention: str = DEFAULT_ATTENTION
+    """One of `tonfa.ops.table.ATTENTIONS`."""
+    fused: bool = True
+    """False composes every fused op of the backend's quantize and product."""
 
     @property
     def name(self) -> str:
         """For people, and to tell records apart."""
-        branch = "" if self.rank else ", no low-rank branch"
-        return f"tonfa {self.weights} weights, {self.activations} activations{branch}"
+        what = [f"tonfa {self.weights} weights", f"{self.activations} activations"]
+        what += [] if self.attention == DEFAULT_ATTENTION else [f"{self.attention} attention"]
+        what += [] if self.fused else ["nothing fused"]
+        what += [] if self.graph else ["no graph"]
+        return ", ".join(what if self.rank else [*what, "no low-rank branch"])
 
 
 def variants(
-    weights: Sequence[str], activations: str | None, rank: int, graph: bool, device: torch.device
+    weights: Sequence[str],
+    activations: str | None,
+    rank: int,
+    graph: bool,
+    device: torch.device,
+    attention: str = DEFAULT_ATTENTION,
 ) -> list[Variant]:
     """One for each residency of the weights."""
-    return [Variant(w, activations or default_activations(device), rank, graph) for w in weights]
+    chosen = activations or default_activations(device), rank, graph, resolve_attention(device, attention)
+    return [Variant(w, *chosen) for w in weights]
 
 
 def build(variant: Variant, config: Mapping[str, Any], device: torch.device, seed: int) -> SVDQFluxTransformer2DModel:
     """The 4-bit model of this variant with random weights."""
     model = synthetic.quantized_model(config, variant.rank, device, seed)
-    return model.set_weights(variant.weights).set_activations(variant.activations).set_cuda_graphs(variant.graph)
+    model.set_weights(variant.weights).set_activations(variant.activations).set_attention(variant.attention)
+    if not variant.fused:
+        for layer in model.modules():
+            if isinstance(layer, SVDQLinear | W4A16Linear):
+                layer.change_kernels(composed)
+    return model.set_cuda_graphs(variant.graph)
 
 
 def small(config: Mapping[str, Any]) -> dict[str, Any]:

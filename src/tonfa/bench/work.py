@@ -31,7 +31,8 @@ class Work:
     outer_flops: int
     """Embedders and output layer, in 16 bits."""
     quantize_bytes: int
-    """Every input of a quantized linear read once in 16 bits and written once in 8."""
+    """Every input of a quantized linear read once in 16 bits and written once in 8, but for those behind a GELU: the
+    product in front of it writes them."""
     packed_bytes: int
     """4-bit codes and scales of the quantized linears."""
     modulation_bytes: int
@@ -64,7 +65,7 @@ def flux_work(config: Mapping[str, Any], height: int, width: int, batch: int, te
         linear += 2 * rows * n * k
         lowrank += 2 * rows * rank * (n + k)
         packed += codes + scales
-        if plan.shares_input is None:
+        if plan.shares_input is None and not plan.unsigned:
             quantize += rows * k * (_WIDE + _CODES)
     outer = image * (config["in_channels"] + (config.get("out_channels") or config["in_channels"]))
     outer += text_tokens * config["joint_attention_dim"]

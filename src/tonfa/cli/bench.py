@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from tonfa.cli.console import stderr
-from tonfa.cli.failures import Debug, command
-from tonfa.cli.images import MULTIPLE
-from tonfa.cli.options import Activations, ActivationsOption, DeviceOption, parse_device
-from tonfa.errors import UnsupportedError
+from tonfa.cli.bench_options import (
+    WEIGHTS,
+    Baselines,
+    Blocks,
+    Model,
+    Rank,
+    Runs,
+    Size,
+    Sizes,
+    StepOptions,
+    TextTokens,
+    known,
+    parse_blocks,
+    parse_pair,
+    parse_sizes,
+)
+from tonfa.cli.bench_run import ENOUGH_RUNS, BenchRun, bench_command
+from tonfa.cli.options import Activations, ActivationsOption, Attention, AttentionOption
 
 if TYPE_CHECKING:
-    import torch
-
-    from tonfa.bench.protocol import Say
+    from tonfa.bench.step import StepRequest
 
 DEMO_MODEL = "demo/model"
-ENOUGH_RUNS = {"step": 20, "linear": 100, "attention": 100, "image": 1}
-"""Fewer runs are printed, but not recorded."""
-
-WEIGHTS = ("int4", "fp8")
-FILE_WIDTH = 200
-"""Columns of a table that goes to no terminal."""
-
-Sizes = Annotated[
-    list[str] | None, typer.Option("--size", metavar="HxW", help="Pixels; may be repeated.", show_default=False)
-]
-Batches = Annotated[list[int] | None, typer.Option("--batch", min=1, help="Pictures at once; may be repeated.")]
-Baselines = Annotated[
-    list[str] | None, typer.Option("--baseline", metavar="NAME", help="May be repeated.", show_default="what runs here")
-]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="Width of the low-rank branch.")]
-Runs = Annotated[int | None, typer.Option("--runs", min=1, help="Timed runs of each candidate.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights and inputs.")]
-TextTokens = Annotated[
-    int | None, typer.Option("--text-tokens", min=1, max=512, help="Of the prompt.", show_default="512; 64 on a CPU")
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="`full` (FLUX.1-Depth-dev), `demo`, or the folder of a FLUX transformer.",
-        show_default="full; demo on a CPU",
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="JSON lines are appended here.", show_default="benchmarks/results/<device>.jsonl"),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the tables, write nothing.")]
+KEPT, NOTHING = "cases that were finished are kept", "nothing was written"
 
 app = typer.Typer(
     name="bench",
@@ -66,33 +40,18 @@ app = typer.Typer(
 
 
 @app.command()
-@command(interrupted="cases that were finished are kept")
+@bench_command(interrupted=KEPT)
 def step(
-    size: Sizes = None,
-    batch: Batches = None,
-    model: Model = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--weights", metavar="int4|fp8", help="What stays in memory; may be repeated.", show_default="int4"
-        ),
-    ] = None,
-    activations: ActivationsOption = None,
-    rank: Rank = 32,
+    run: BenchRun,
+    options: StepOptions,
+    attention: AttentionOption = None,
     graph: Annotated[bool, typer.Option("--graph/--no-graph", help="Record the step as a CUDA graph.")] = True,
-    baseline: Baselines = None,
-    text_tokens: TextTokens = None,
-    runs: Runs = None,
-    seed: Seed = 0,
-    device: DeviceOption = "auto",
-    out: Out = None,
-    dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """One step of a FLUX transformer with random weights: time, memory, and the parts of the time on a GPU.
 
-    Baselines: `bf16-eager` and `bf16-compiled` are Diffusers' model, `torchao-fp8-compiled` is torchao's row-wise FP8,
-    the compiled ones with cuDNN's attention; `rank-0` is the 4-bit model without its low-rank branch.
+    Baselines: `bf16-eager`, `bf16-eager-cudnn` and `bf16-compiled` are Diffusers' model, `torchao-fp8-compiled` is
+    torchao's row-wise FP8, all but the first with cuDNN's attention; `rank-0` is the 4-bit model without its low-rank
+    branch.
 
     Example:
 
@@ -100,36 +59,80 @@ def step(
     tonfa bench step --size 1024x1024 --baseline bf16-eager --baseline bf16-compiled
     ```
     """
+    request = _step_request(run, options, attention, graph)
+    from tonfa.bench.step import StepBench
+
+    run.finish(StepBench(request, run.say).run(), options.enough())
+
+
+@app.command()
+@bench_command(interrupted=KEPT)
+def waterfall(
+    run: BenchRun,
+    options: StepOptions,
+    attention: Annotated[
+        Attention, typer.Option("--attention", help="Of the last bars; auto is what is faster.")
+    ] = "auto",
+) -> None:
+    """A step of Diffusers' 16-bit model, then of ours with one technique after another, all in turns.
+
+    The way: 16-bit weights, cuDNN's attention, 4-bit weights with nothing fused, fused kernels, a CUDA graph, FP8
+    attention where it runs, and with `--weights fp8` the weights kept in FP8. `python benchmarks/waterfall.py` draws
+    the records. Further baselines are measured beside it.
+
+    Example:
+
+    ```
+    tonfa bench waterfall --size 1024x1024 --baseline torchao-fp8-compiled
+    ```
+    """
+    request = _step_request(run, options, attention, graph=run.gpu)
+    from tonfa.bench.waterfall import bench_waterfall
+
+    run.finish(bench_waterfall(request, options.baseline or (), run.say), options.enough())
+
+
+def _step_request(run: BenchRun, options: StepOptions, attention: str | None, graph: bool) -> StepRequest:
     from tonfa.cli.pipeline import quieten_libraries
 
     quieten_libraries()
     from tonfa.bench.dense import DENSE_BASELINES, EAGER
     from tonfa.bench.models import configuration
-    from tonfa.bench.step import BASELINES, RANK_0, StepBench, StepCase, StepRequest
+    from tonfa.bench.step import BASELINES, RANK_0, StepCase, StepRequest
     from tonfa.bench.variant import variants
+    from tonfa.ops.table import DEFAULT_ATTENTION
 
-    known(baseline, BASELINES, "--baseline")
-    known(weights, WEIGHTS, "--weights")
-    place, say = parse_device(device), speaker()
-    gpu = place.type == "cuda"
-    sides = parse_sizes(size, (1024, 1024) if gpu else (256, 256))
-    tokens = text_tokens or (512 if gpu else 64)
-    request = StepRequest(
-        config=configuration(model or ("full" if gpu else "demo")),
-        cases=[StepCase(h, w, b, tokens) for h, w in sides for b in batch or [1]],
-        variants=variants(weights or ["int4"], activations, rank, graph, place),
-        baselines=baseline or ((*DENSE_BASELINES, RANK_0) if gpu else (EAGER, RANK_0)),
-        explicit=bool(baseline),
-        runs=runs or ENOUGH_RUNS["step"],
-        seed=seed,
-        device=place,
+    known(options.baseline, BASELINES, "--baseline")
+    known(options.weights, WEIGHTS, "--weights")
+    tokens = options.text_tokens or (512 if run.gpu else 64)
+    return StepRequest(
+        config=configuration(options.model or ("full" if run.gpu else "demo"), parse_blocks(options.blocks)),
+        cases=[
+            StepCase(height, width, batch, tokens)
+            for height, width in parse_sizes(options.size, (1024, 1024) if run.gpu else (256, 256))
+            for batch in options.batch or [1]
+        ],
+        variants=variants(
+            options.weights or ["int4"],
+            options.activations,
+            options.rank,
+            graph,
+            run.device,
+            attention or DEFAULT_ATTENTION,
+        ),
+        baselines=options.baseline or ((*DENSE_BASELINES, RANK_0) if run.gpu else (EAGER, RANK_0)),
+        explicit=bool(options.baseline),
+        runs=options.runs or ENOUGH_RUNS["step"],
+        seed=run.seed,
+        device=run.device,
+        seconds=options.seconds,
     )
-    finish(StepBench(request, say).run(), place, out, dry_run, say)
 
 
 @app.command()
-@command(interrupted="nothing was written")
+@bench_command(interrupted=NOTHING)
 def linear(
+    run: BenchRun,
     shape: Annotated[
         list[str] | None,
         typer.Option("--shape", metavar="NxK", help="Out and in channels; may be repeated.", show_default=False),
@@ -139,11 +142,6 @@ def linear(
     activations: ActivationsOption = None,
     baseline: Baselines = None,
     runs: Runs = None,
-    seed: Seed = 0,
-    device: DeviceOption = "auto",
-    out: Out = None,
-    dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """One quantized linear, quantization of its input included. 9216x3072 at 4608 rows; on a CPU 3072x3072 at 512.
 
@@ -159,20 +157,20 @@ def linear(
     from tonfa.bench.linear import BASELINES, LinearRequest, bench_linear
 
     known(baseline, BASELINES, "--baseline")
-    place, say = parse_device(device), speaker()
-    gpu = place.type == "cuda"
-    shapes = [parse_pair(text, "--shape", 64) for text in shape or ["9216x3072" if gpu else "3072x3072"]]
+    shapes = [parse_pair(text, "--shape", 64) for text in shape or ["9216x3072" if run.gpu else "3072x3072"]]
+    count = runs or ENOUGH_RUNS["linear"]
     requests = [
-        LinearRequest(n, k, m, rank, activations, baseline, runs or ENOUGH_RUNS["linear"], seed, place)
+        LinearRequest(n, k, m, rank, activations, baseline, count, run.seed, run.device)
         for n, k in shapes
-        for m in rows or [4608 if gpu else 512]
+        for m in rows or [4608 if run.gpu else 512]
     ]
-    finish((line for request in requests for line in bench_linear(request, say)), place, out, dry_run, say)
+    run.finish(line for request in requests for line in bench_linear(request, run.say))
 
 
 @app.command()
-@command(interrupted="nothing was written")
+@bench_command(interrupted=NOTHING)
 def attention(
+    run: BenchRun,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="May be repeated.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
     heads: Annotated[int | None, typer.Option("--heads", min=1, show_default="24; 2 on a CPU")] = None,
@@ -180,11 +178,6 @@ def attention(
     activations: ActivationsOption = None,
     baseline: Baselines = None,
     runs: Runs = None,
-    seed: Seed = 0,
-    device: DeviceOption = "auto",
-    out: Out = None,
-    dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """Attention of 4608 tokens, on a CPU of 512: what the 4-bit model uses here, beside PyTorch's.
 
@@ -199,40 +192,30 @@ def attention(
     from tonfa.bench.attention import BASELINES, AttentionRequest, bench_attention
 
     known(baseline, BASELINES, "--baseline")
-    place, say = parse_device(device), speaker()
-    gpu = place.type == "cuda"
-    count = heads or (24 if gpu else 2)
+    number, count = heads or (24 if run.gpu else 2), runs or ENOUGH_RUNS["attention"]
     requests = [
-        AttentionRequest(
-            batch, count, length, head_dim, activations, baseline, runs or ENOUGH_RUNS["attention"], seed, place
-        )
-        for length in tokens or [4608 if gpu else 512]
+        AttentionRequest(batch, number, length, head_dim, activations, baseline, count, run.seed, run.device)
+        for length in tokens or [4608 if run.gpu else 512]
     ]
-    finish((line for request in requests for line in bench_attention(request, say)), place, out, dry_run, say)
+    run.finish(line for request in requests for line in bench_attention(request, run.say))
 
 
 @app.command()
-@command(interrupted="nothing was written")
+@bench_command(interrupted=NOTHING)
 def image(
+    run: BenchRun,
     model: Annotated[
         str, typer.Option("--model", help="Folder of a FLUX pipeline with a 16-bit transformer.")
     ] = DEMO_MODEL,
     transformer: Annotated[
         str | None, typer.Option("--transformer", help="4-bit checkpoint.", show_default="MODEL's, quantized now")
     ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="HxW", help="Pixels.", show_default="1024x1024; 256x256 on a CPU")
-    ] = None,
+    size: Size = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 30,
     text_tokens: TextTokens = None,
     rank: Annotated[int, typer.Option("--rank", min=16, help="Of the branch if MODEL's is quantized now.")] = 32,
     activations: ActivationsOption = None,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Pictures of each that are timed.")] = 3,
-    seed: Seed = 0,
-    device: DeviceOption = "auto",
-    out: Out = None,
-    dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """Seconds of a whole picture with a pipeline's 16-bit transformer, and with the same in 4 bits.
 
@@ -247,29 +230,29 @@ def image(
     quieten_libraries()
     from tonfa.bench.image import ImageRequest, bench_image
 
-    place, say = parse_device(device), speaker()
-    gpu = place.type == "cuda"
-    ((height, width),) = parse_sizes([size] if size else None, (1024, 1024) if gpu else (256, 256))
+    ((height, width),) = parse_sizes([size] if size else None, (1024, 1024) if run.gpu else (256, 256))
     request = ImageRequest(
         model=model,
         transformer=transformer,
         height=height,
         width=width,
         steps=steps,
-        text_tokens=text_tokens or (512 if gpu else 64),
+        text_tokens=text_tokens or (512 if run.gpu else 64),
         rank=rank,
         activations=activations,
         runs=runs,
-        seed=seed,
-        device=place,
+        seed=run.seed,
+        device=run.device,
     )
-    finish(bench_image(request, say), place, out, dry_run, say)
+    run.finish(bench_image(request, run.say))
 
 
 @app.command()
-@command(interrupted="nothing was written")
+@bench_command(interrupted=NOTHING)
 def error(
+    run: BenchRun,
     model: Model = None,
+    blocks: Blocks = None,
     size: Sizes = None,
     activations: Annotated[
         list[str] | None,
@@ -277,18 +260,14 @@ def error(
             "--activations", metavar="int4|int8|fp8|none", help="May be repeated.", show_default="fp8, int8, int4, none"
         ),
     ] = None,
+    attention: AttentionOption = None,
     rank: Annotated[int, typer.Option("--rank", min=16, help="Width of the low-rank branch.")] = 32,
     text_tokens: TextTokens = None,
-    seed: Seed = 0,
-    device: DeviceOption = "auto",
-    out: Out = None,
-    dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """Error of one step by activations, against float32 with the same 4-bit weights and exact activations.
 
-    Beside each stands its ratio to `int4`, the published W4A4 arithmetic. A folder's own weights are used, quantized
-    now if they are 16-bit; the other models are random.
+    Beside each stands its ratio to `int4`, the published W4A4 arithmetic with 16-bit attention. A folder's own weights
+    are used, quantized now if they are 16-bit; the other models are random.
 
     Example:
 
@@ -300,92 +279,23 @@ def error(
 
     quieten_libraries()
     from tonfa.bench.error import ErrorRequest, bench_error
+    from tonfa.dispatch import resolve_attention
+    from tonfa.ops.table import DEFAULT_ATTENTION
 
     known(activations, get_args(Activations), "--activations")
-    place, say = parse_device(device), speaker()
-    gpu = place.type == "cuda"
     requests = [
         ErrorRequest(
-            model=model or ("full" if gpu else "demo"),
+            model=model or ("full" if run.gpu else "demo"),
+            blocks=parse_blocks(blocks),
             height=height,
             width=width,
-            text_tokens=text_tokens or (512 if gpu else 64),
+            text_tokens=text_tokens or (512 if run.gpu else 64),
             rank=rank,
             activations=activations or ["fp8", "int8", "int4", "none"],
-            seed=seed,
-            device=place,
+            attention=resolve_attention(run.device, attention or DEFAULT_ATTENTION),
+            seed=run.seed,
+            device=run.device,
         )
-        for height, width in parse_sizes(size, (1024, 1024) if gpu else (256, 256))
+        for height, width in parse_sizes(size, (1024, 1024) if run.gpu else (256, 256))
     ]
-    finish((line for request in requests for line in bench_error(request, say)), place, out, dry_run, say)
-
-
-def speaker() -> Say:
-    """Messages on stderr, each after the seconds since now."""
-    console, started = stderr(), time.perf_counter()
-
-    def say(text: str) -> None:
-        console.print(f"{time.perf_counter() - started:7.1f} s  {text}")
-
-    return say
-
-
-def known(names: Sequence[str] | None, choices: Sequence[str], option: str) -> None:
-    """Raise a usage error for a name that does not exist."""
-    for name in names or ():
-        if name not in choices:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(choices)}", param_hint=option)
-
-
-def parse_pair(text: str, option: str, multiple: int) -> tuple[int, int]:
-    """Two positive multiples, such as 1024x768."""
-    found = re.fullmatch(r"([0-9]+)x([0-9]+)", text)
-    pair = (int(found[1]), int(found[2])) if found else (0, 0)
-    if min(pair) <= 0 or any(side % multiple for side in pair):
-        raise typer.BadParameter(f"{text!r} is no pair of positive multiples of {multiple}", param_hint=option)
-    return pair
-
-
-def parse_sizes(texts: Sequence[str] | None, default: tuple[int, int]) -> list[tuple[int, int]]:
-    """Height and width of every size."""
-    return [parse_pair(text, "--size", MULTIPLE) for text in texts] if texts else [default]
-
-
-def finish(
-    records: Iterable[Mapping[str, Any]], device: torch.device, out: Path | None, dry_run: bool, say: Say
-) -> None:
-    """Write every record as it comes, then print all of them."""
-    from rich.console import Console
-
-    from tonfa.bench.protocol import append, results_file
-    from tonfa.cli.bench_tables import print_records
-
-    file = out or results_file(device)
-    if not dry_run:
-        check_writable(file)
-    seen: list[Mapping[str, Any]] = []
-    try:
-        for line in records:
-            seen.append(line)
-            if dry_run:
-                continue
-            if line["runs"] >= ENOUGH_RUNS.get(line["bench"], 1):
-                append(file, line)
-            else:
-                say(f"not recorded, {line['runs']} runs are too few: {line['variant']}")
-    finally:  # cases that were finished are shown even if a later one fails
-        console = Console(markup=False, highlight=False)
-        if not console.is_terminal:
-            console.width = FILE_WIDTH
-        print_records(seen, console)
-    if not dry_run:
-        say(f"records in {file}")
-
-
-def check_writable(file: Path) -> None:
-    """Raise before anything is measured if the records could not be kept."""
-    if file.is_dir():
-        raise UnsupportedError(f"--out: {file} is a folder; name a file")
-    existing = next(path for path in (file, *file.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK) or (existing != file and not existing.is_dir()):
-        raise UnsupportedError(f"--out: {file} cannot be written")
+    run.finish(line for request in requests for line in bench_error(request, run.say))

@@ -10,6 +10,9 @@ from rich.table import Table
 
 Record = Mapping[str, Any]
 
+_WITHIN = ("rank", "activations", "bar", "technique")
+"""Of a case, what may differ between records of one run."""
+
 
 def print_records(records: Sequence[Record], console: Console) -> None:
     """A table for each case, in the order in which they were measured."""
@@ -24,7 +27,7 @@ def print_records(records: Sequence[Record], console: Console) -> None:
 
 
 def _by_case(records: Sequence[Record]) -> list[list[Record]]:
-    """Records whose baselines are of the same run; rank and policy may differ within one."""
+    """Records whose baselines are of the same run."""
     groups: dict[str, list[Record]] = {}
     for line in records:
         groups.setdefault(_title(line), []).append(line)
@@ -32,7 +35,7 @@ def _by_case(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def _title(line: Record) -> str:
-    case = ", ".join(f"{n} {value}" for n, value in line["case"].items() if n not in ("rank", "activations"))
+    case = ", ".join(f"{n} {value}" for n, value in line["case"].items() if n not in _WITHIN)
     return f"{line['bench']}: {case}"
 
 
@@ -67,12 +70,13 @@ def _candidates(group: Sequence[Record]) -> Table:
 def _parts(line: Record) -> Table:
     table = _table()
     predicted = line.get("prediction", {}).get("parts", {})
-    for column in ("part", "ms", *(["predicted"] if predicted else []), "floor", "gap", "why"):
+    for column in ("part", "ms", "busy", *(["predicted"] if predicted else []), "floor", "gap", "why"):
         table.add_column(column, justify="left" if column in ("part", "why") else "right")
     for name, part in line["parts"].items():
         expected = [f"{predicted[name]:.3f}" if name in predicted else ""] if predicted else []
         gap = part["value"] - part["floor"]
-        table.add_row(name, f"{part['value']:.3f}", *expected, f"{part['floor']:.3f}", f"{gap:.3f}", part["why"])
+        numbers = (f"{part[key]:.3f}" for key in ("value", "busy"))
+        table.add_row(name, *numbers, *expected, f"{part['floor']:.3f}", f"{gap:.3f}", part["why"])
     return table
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Activations = Literal["int4", "int8", "fp8", "none"]
+Attention = Literal["sdpa", "fp8", "auto"]
 
 DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="Where to run.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of everything that is not quantized.")]
@@ -22,7 +23,7 @@ ActivationsOption = Annotated[
     typer.Option("--activations", help="How inputs of 4-bit layers are quantized.", show_default="the device's"),
 ]
 AttentionOption = Annotated[
-    Literal["sdpa", "fp8", "auto"] | None,
+    Attention | None,
     typer.Option(
         "--attention",
         help="In 16 bits (sdpa), in FP8 on a Hopper GPU or newer, or what is faster (auto).",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class BoundModule(nn.Module):
         if self._binding is None or self._binding.key is not self._key():
             self._binding = self._bind()
         return self._binding
+
+    def change_kernels(self, change: Callable[[Kernels], Kernels]) -> None:
+        """Compute by others, which read what is packed already, until the next binding."""
+        bound = self.binding()
+        self._binding = replace(bound, kernels=change(bound.kernels))
 
     def unbind(self) -> None:
         """Forget the kernels and what they packed; the next call chooses anew."""
