@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tonfa.layers.dense import DenseLinear
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import Modulation, W4A16Linear
+from tonfa.models.flux.blocks import SingleBlock
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 
 FULL: dict[str, Any] = {
@@ -107,6 +108,8 @@ def _filled(model: Any, device: torch.device, seed: int) -> Any:
         for module in model.modules():
             if isinstance(module, Modulation):
                 _fill_modulation_bias(module)
+            elif isinstance(module, SingleBlock) and isinstance(module.ff.up, SVDQLinear):
+                module.ff.up.smooth_factor.copy_(module.attn.to_qkv.get_parameter("smooth_factor"))  # one input, as the quantizer has it
     return model.requires_grad_(False).eval()
 
 

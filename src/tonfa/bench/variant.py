@@ -15,7 +15,6 @@ from tonfa.errors import TonfaError
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import W4A16Linear
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
-from tonfa.ops.table import DEFAULT_ATTENTION
 
 CHECK_BOUND = 0.05
 """Relative L2 error of a small model's step against the reference backend with the same activations.
@@ -25,6 +24,7 @@ every block is at 0.086 or more. FP8 attention adds 0.014.
 """
 CHECK_SIZE = 256, 256
 CHECK_TEXT = 64
+SIXTEEN_BITS = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Variant:
     activations: str
     rank: int
     graph: bool
-    attention: str = DEFAULT_ATTENTION
+    attention: str = SIXTEEN_BITS
     """One of `tonfa.ops.table.ATTENTIONS`."""
     fused: bool = True
     """False composes every fused op of the backend's quantize and product."""
@@ -45,7 +45,7 @@ class Variant:
     def name(self) -> str:
         """For people, and to tell records apart."""
         what = [f"tonfa {self.weights} weights", f"{self.activations} activations"]
-        what += [] if self.attention == DEFAULT_ATTENTION else [f"{self.attention} attention"]
+        what += [] if self.attention == SIXTEEN_BITS else [f"{self.attention} attention"]
         what += [] if self.fused else ["nothing fused"]
         what += [] if self.graph else ["no graph"]
         return ", ".join(what if self.rank else [*what, "no low-rank branch"])
@@ -57,7 +57,7 @@ def variants(
     rank: int,
     graph: bool,
     device: torch.device,
-    attention: str = DEFAULT_ATTENTION,
+    attention: str = SIXTEEN_BITS,
 ) -> list[Variant]:
     """One for each residency of the weights."""
     chosen = activations or default_activations(device), rank, graph, resolve_attention(device, attention)

@@ -59,7 +59,7 @@ ATTENTIONS: dict[str, str] = {
 AUTO = "auto"
 """The choice that leaves it to the device: `kernels.attention.choices.automatic`."""
 
-DEFAULT_ATTENTION = "sdpa"
+DEFAULT_ATTENTION = "auto"
 """What is taken where a user names none."""
 
 

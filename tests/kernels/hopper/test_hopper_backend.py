@@ -103,7 +103,7 @@ def test_tiles_fit_shared_memory(tokens: int, down_rank: int | None) -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(4608, 12288), (512, 12288), (18432, 12288), (1, 128), (40000, 256)])
 def test_runs_cover_the_channels_and_fill_the_gpu(rows: int, columns: int) -> None:
-    tokens, run = tiles.choose_run(rows, columns, 132, 32)
+    tokens, run = tiles.choose_run(rows, columns, 3072, 132, 32)
     m_tiles, n_tiles = -(-rows // tokens), -(-columns // 128)
     units = m_tiles * -(-n_tiles // run)
     waves = -(-units // 132)

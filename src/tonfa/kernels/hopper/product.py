@@ -10,7 +10,7 @@ weights are never written in another form. The branch is one more step of 64 cha
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -30,6 +30,7 @@ from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
 from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
 from tonfa.kernels.hopper.add_lowrank import add_lowrank
+from tonfa.kernels.hopper.ahead import AHEAD
 from tonfa.kernels.hopper.device_facts import multiprocessors
 from tonfa.kernels.hopper.expand import expand, wide_shape
 from tonfa.kernels.hopper.inputs import PackedInput
@@ -240,14 +241,22 @@ def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None
     return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble, early=True)
 
 
-def _expanded(w: PackedProduct) -> Tensor:
-    """The weights in e4m3: as they are kept, or in a buffer that the next product overwrites."""
+def _with_weights(w: PackedProduct, device: torch.device, multiply: Callable[[Tensor], None]) -> None:
+    """multiply(weights in e4m3): as they are kept, or in a buffer that a later product overwrites."""
     if w.wide is not None:
-        return w.wide
-    steps, columns, width = wide_shape(w.columns, w.in_features)
-    out = SCRATCH.empty(w.qweight.device, steps * columns, width, torch.uint8).view(steps, columns, width)
-    expand(w.qweight, w.wscales, w.inverse_scales, out)
-    return out
+        multiply(w.wide)
+        return
+    steps, columns, width = shape = wide_shape(w.columns, w.in_features)
+
+    def widen(out: Tensor) -> None:
+        expand(w.qweight, w.wscales, w.inverse_scales, out.view(shape))
+
+    if torch.cuda.is_current_stream_capturing():
+        AHEAD.run(device, steps * columns * width, widen, multiply)
+        return
+    out = SCRATCH.empty(device, steps * columns, width, torch.uint8)
+    widen(out)
+    multiply(out)
 
 
 def start(
@@ -271,13 +280,12 @@ def start(
         return
     device, n = x.codes.device, w.columns
     count = multiprocessors(device)
-    tokens, run = tile or (tiles.choose(x.rows, n, count, epilogue in (NORM_ROPE, NORM_ROPE_FP8, GELU)), 1)
-    expanded = _expanded(w)
+    much = epilogue in (NORM_ROPE, NORM_ROPE_FP8, GELU)
+    tokens, run = tile or (tiles.choose(x.rows, n, x.channels, count, much), 1)
     parameters = Product(
         x=x.codes.data_ptr(),
         x_scale=x.scales.data_ptr(),
         lora=x.lowrank.data_ptr(),
-        w=expanded.data_ptr(),
         w_scale=w.row_scales.data_ptr(),
         up=w.up.data_ptr(),
         bias=w.bias.data_ptr(),
@@ -291,7 +299,12 @@ def start(
         **values,
     )
     units = -(-x.rows // tokens) * -(-n // (tiles.CHANNELS * run))
-    launch(kernel(x.dtype, epilogue, tokens, down_rank), device, (min(count, units),), parameters)
+
+    def multiply(expanded: Tensor) -> None:
+        parameters.w = expanded.data_ptr()
+        launch(kernel(x.dtype, epilogue, tokens, down_rank), device, (min(count, units),), parameters)
+
+    _with_weights(w, device, multiply)
 
 
 def product(
@@ -342,7 +355,7 @@ def _product_gelu_quantize(
     result = empty_activation(x.rows, following.channels, following.rank, x.dtype, device)
     assert result.scales is not None and result.lowrank is not None
     behind = w.following(following)
-    tokens, run = tiles.choose_run(x.rows, w.columns, multiprocessors(device), following.rank)
+    tokens, run = tiles.choose_run(x.rows, w.columns, x.channels, multiprocessors(device), following.rank)
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
     partial = torch.empty((slots, padded, following.rank), device=device)
     start(

@@ -9,8 +9,9 @@ _TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 96, 64, 32)
 _SHARED = 232_448 - 1024
 _MANY_FINISHERS = 192  # tokens of the largest tile that leaves registers for seven warps
 _KEPT_RANK = 32  # of a down-projection whose sums fit beside those of the largest such tile
-_SLOT = 0.02  # adding up sums of another block, in the same microseconds
-_STEP, _TOKEN = 0.16, 0.0024  # microseconds of 128 channels of a tile on an H200, the tile's end spread over 24 steps
+_SLOT = 0.5  # microseconds: adding up sums of another block
+_STEP, _STEP_TOKEN = 0.085, 0.0024  # microseconds of 128 channels of a tile on an H200, and of each of its tokens
+_END, _END_LARGEST = 0.0115, 0.0165  # of a token at the tile's end, with seven warps that finish and with three
 
 
 def _stage_bytes(tokens: int) -> int:
@@ -39,28 +40,30 @@ def threads(tokens: int) -> int:
     return 384 if tokens > _MANY_FINISHERS else 512
 
 
-def _cost(tokens: int, tiles: int, multiprocessors: int) -> float:
-    """Microseconds of 128 channels of every tile."""
-    return -(-tiles // multiprocessors) * (_STEP + _TOKEN * tokens)
+def _cost(tokens: int, tiles: int, steps: int, multiprocessors: int) -> float:
+    """Microseconds."""
+    end = (_END if tokens <= _MANY_FINISHERS else _END_LARGEST) * tokens
+    return -(-tiles // multiprocessors) * (steps * (_STEP + _STEP_TOKEN * tokens) + end)
 
 
 @lru_cache(maxsize=4096)
-def choose(rows: int, columns: int, multiprocessors: int, much_to_finish: bool = False) -> int:
+def choose(rows: int, columns: int, channels: int, multiprocessors: int, much_to_finish: bool = False) -> int:
     """Tokens of a tile; not the largest where three warps cannot finish one while the next is multiplied."""
-    n_tiles, largest = -(-columns // CHANNELS), _MANY_FINISHERS if much_to_finish else _TOKENS[0]
+    n_tiles, steps = -(-columns // CHANNELS), -(-channels // CHANNELS)
+    largest = _MANY_FINISHERS if much_to_finish else _TOKENS[0]
     sizes = [tokens for tokens in _TOKENS if tokens <= largest]
-    return min(sizes, key=lambda tokens: _cost(tokens, -(-rows // tokens) * n_tiles, multiprocessors))
+    return min(sizes, key=lambda tokens: _cost(tokens, -(-rows // tokens) * n_tiles, steps, multiprocessors))
 
 
 @lru_cache(maxsize=4096)
-def choose_run(rows: int, columns: int, multiprocessors: int, rank: int) -> tuple[int, int]:
+def choose_run(rows: int, columns: int, channels: int, multiprocessors: int, rank: int) -> tuple[int, int]:
     """Tokens of a tile, and how many of the same tokens a block takes one after another: they share their sums."""
-    n_tiles = -(-columns // CHANNELS)
+    n_tiles, steps = -(-columns // CHANNELS), -(-channels // CHANNELS)
 
     def cost(choice: tuple[int, int]) -> float:
         tokens, run = choice
         slots = -(-n_tiles // run)
-        return run * _cost(tokens, -(-rows // tokens) * slots, multiprocessors) + _SLOT * slots
+        return run * _cost(tokens, -(-rows // tokens) * slots, steps, multiprocessors) + _SLOT * slots
 
     largest = _MANY_FINISHERS if rank <= _KEPT_RANK else 128  # registers for the sums
     sizes = [tokens for tokens in _TOKENS if tokens <= largest and tokens % 64 == 0]

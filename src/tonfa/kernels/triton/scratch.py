@@ -20,7 +20,11 @@ class Scratch:
 
     def reserve(self, device: torch.device, nbytes: int) -> None:
         """Make every buffer of this device at least so large, from its next use on."""
-        self._largest[device] = max(self._largest.get(device, 0), nbytes)
+        self._largest[device] = self.largest(device, nbytes)
+
+    def largest(self, device: torch.device, nbytes: int) -> int:
+        """Bytes that every layer fits in which was packed for this device, at least `nbytes`."""
+        return max(self._largest.get(device, 0), nbytes)
 
     def empty(self, device: torch.device, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """(rows, columns) of an 8-bit dtype, contiguous."""

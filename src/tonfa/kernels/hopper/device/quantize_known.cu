@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RANK_BLOCKS <= 8 ? 2 : 1) 
     reciprocal[h] = s > 0.f ? 1.f / s : 0.f;
     if (slice == 0 && quad == 0) {
       reciprocals[group * 16 + row + 8 * h] = reciprocal[h];
-      if (blockIdx.y == 0 && inside[h]) a.x_scale[m] = s;
+      if (blockIdx.y == 0 && m < a.m_pad) a.x_scale[m] = s;
     }
   }
 
