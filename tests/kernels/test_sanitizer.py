@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 PROGRAM = Path(__file__).parent / "sanitize.py"
 FOUND = 99
@@ -36,10 +37,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(sanitizer() is None, reason="compute-sanitizer is neither in PATH nor in CUDA_HOME")
+@pytest.mark.parametrize("backend", ["cuda", "hopper"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_tool(tool: str, environment: dict[str, str]) -> None:
-    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--launch-timeout", "120"]
-    command = [str(sanitizer()), *options, sys.executable, str(PROGRAM)]
+def test_tool(tool: str, backend: str, environment: dict[str, str], request: pytest.FixtureRequest) -> None:
+    if (tool, backend) == ("racecheck", "hopper"):
+        reason = "where parts of a block meet unequally often, the tool no longer sees __syncthreads (quantize.cu)"
+        request.applymarker(pytest.mark.xfail(reason=reason))
+    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    # cuda-bindings asks the driver for functions that it may not have: errors of the API are no finding.
+    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(FOUND), "--launch-timeout", "120"]
+    command = [str(sanitizer()), *options, sys.executable, str(PROGRAM), backend]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     text = done.stdout + done.stderr
     if "Device not supported" in text:

@@ -109,7 +109,8 @@ def _filled(model: Any, device: torch.device, seed: int) -> Any:
             if isinstance(module, Modulation):
                 _fill_modulation_bias(module)
             elif isinstance(module, SingleBlock) and isinstance(module.ff.up, SVDQLinear):
-                module.ff.up.smooth_factor.copy_(module.attn.to_qkv.get_parameter("smooth_factor"))  # one input, as the quantizer has it
+                # They read one input, so the quantizer gives them one smoothing.
+                module.ff.up.smooth_factor.copy_(module.attn.to_qkv.get_parameter("smooth_factor"))
     return model.requires_grad_(False).eval()
 
 

@@ -58,5 +58,4 @@ def expand(
         int(wscales.dtype == torch.float16),
     )
     rows, steps = -(-n // _CHANNELS), -(-k // ROW_BYTES)
-    each = -(-steps // max(1, _BLOCKS // rows))
-    launch(kernel(), qweight.device, (rows, -(-steps // each)), parameters)
+    launch(kernel(), qweight.device, (rows, min(steps, max(1, _BLOCKS // rows))), parameters)
