@@ -30,9 +30,9 @@ def test_script_for_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(found, expected) and expected.std() > 0
 
 
-def errors(size: int, rank: int, seed: int) -> dict[tuple[str, str], float]:
-    """Geometric means by recipe and kind of inputs."""
-    case = {"kind": "geomean", "size": size, "rank": rank, "seed": seed}
+def errors(size: int, rank: int, seed: int, kind: str = "geomean") -> dict[tuple[str, str], float]:
+    """Of a kind of layers, by default geometric means, by recipe and kind of inputs."""
+    case = {"kind": kind, "size": size, "rank": rank, "seed": seed}
     lines = [json.loads(text) for text in RESULTS.read_text().splitlines()]
     return {
         (line["variant"], line["case"]["activations"]): line["value"]
@@ -66,6 +66,19 @@ def test_table_of_the_method_is_that_of_the_records(row: str, key: tuple[str, st
         if len(ratios) == 4:
             without_data = found[key] / found["svdquant-data-free", "int4"]
             assert math.isclose(float(ratios[2 + seed]), without_data, abs_tol=6e-4)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(("inputs", "activations"), [("4 bits", "int4"), ("FP8", "fp8")])
+def test_ratios_of_the_rotation_are_those_of_the_records(block: int, inputs: str, activations: str) -> None:
+    (rest,) = re.findall(rf"^\| {block}, {inputs} \|(.*)\|$", METHOD, re.MULTILINE)
+    cells = [[float(ratio) for ratio in re.findall(r"\d[\d.]*", cell)] for cell in rest.split("|")]
+    kinds = ("adaln", "adaln_hard", "gelu", "attn", "gauss", "geomean")
+    for kind, ratios in zip(kinds, cells, strict=True):
+        for seed, ratio in enumerate(ratios):
+            found = errors(768, 32, seed, kind)
+            relative = found[f"rotation-{block}", activations] / found["rotation-none", activations]
+            assert math.isclose(ratio, relative, abs_tol=6e-4)
 
 
 def test_figure_is_drawn_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tonfa.quantizer.memory import enough_memory
 from tonfa.quantizer.moments import InputMoments
 from tonfa.quantizer.planned import gather, planned_spec, quantize_planned, relative_error
 from tonfa.quantizer.recipe import Recipe, find_smoothing
+from tonfa.quantizer.threads import suited_threads
 
 Finished = Callable[[str, float], None]
 """Told each linear's name and the relative error of its weight."""
@@ -142,7 +143,8 @@ class BlockBuilder:
             with enough_memory(f"solving for {linear.name}", "choose --device cpu, or a GPU with more memory"):
                 if known is not None and waiting[owner] > 1 and owner not in factors:
                     sharing = [dense[other.name][0] for other in block.linears if input_owner(other) == owner]
-                    factors[owner] = find_smoothing(sharing, known, self._recipe, dtype=self._dtype)
+                    with suited_threads(max(weight.numel() for weight in sharing)):
+                        factors[owner] = find_smoothing(sharing, known, self._recipe, dtype=self._dtype)
                 weight, bias = dense.pop(linear.name)
                 tensors |= self._quantized(linear, weight, bias, known, factors.get(owner), finished)
             waiting[owner] -= 1

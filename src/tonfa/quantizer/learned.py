@@ -7,14 +7,15 @@ error of the output is
 
 n is the rounding error of the smoothed input, m that of the smoothed R, v_j what of channel j's power the channels that
 are quantized after it cannot make up for (`hessian`). Rounding errors are continuous in the factors, so the derivative
-at fixed codes is exact almost everywhere. No weight is changed, only the coordinates in which it is rounded: nothing
+at fixed codes is exact almost everywhere, and short enough to be written out: automatic differentiation takes eight
+times as long on a CPU. No weight is changed, only the coordinates in which it is rounded: nothing
 shrinks. L is found anew between rounds. With all else equal, the error at 4-bit activations falls by 2 to 6 % from that
 with the best of the published grid, and it ends at the same wherever it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from tonfa.formats import GELU_SHIFT, GROUP_SIZE
 from tonfa.ops.activation import Activations
+from tonfa.quantizer.chunks import row_chunks
 from tonfa.quantizer.hessian import smoothed_hessian
 from tonfa.quantizer.lowrank import low_rank
 from tonfa.quantizer.moments import InputMoments
@@ -31,6 +33,8 @@ ROUNDS = 2
 STEPS = 40
 RATE = 0.03
 """Of Adam on the factors' logarithms, falling to zero within a round."""
+MEAN_DECAY, SQUARE_DECAY = 0.9, 0.999
+"""Of Adam's running means."""
 TOKENS = 1024
 ROWS = 512
 """Rows of the weights, evenly taken, that stand for all."""
@@ -38,43 +42,90 @@ SEARCHED = 0.95
 """Typical shrinkage of a searched weight scale, in units of absmax / 8."""
 
 
-def _input_noise(x: Tensor, smooth: Tensor, activations: Activations, unsigned: bool) -> Tensor:
-    """E[n_j^2] (K,) of the rounding error of x / smooth; the error of FP8 is relative, so no factor changes it."""
+@dataclass(frozen=True)
+class _Grid:
+    """Rounding to multiples of a step that is the largest magnitude of each group of channels over `levels`."""
+
+    group: int
+    levels: float
+    lowest: int
+    highest: int
+
+    def _rounded(self, groups: Tensor, largest: Tensor) -> Tensor:
+        codes = (groups * (self.levels / largest)).round_().clamp_(self.lowest, self.highest)
+        return codes.mul_(largest / self.levels)
+
+    def _parts(self, rows: Tensor, factors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of chunks of rows * factors: values and magnitudes (n, K/G, G), and the groups' largest (n, K/G, 1)."""
+        for chunk in row_chunks(rows):
+            groups = (rows[chunk] * factors).unflatten(1, (-1, self.group))
+            magnitudes = groups.abs()
+            yield groups, magnitudes, magnitudes.amax(dim=2, keepdim=True).clamp_min(1e-30)
+
+    def noise(self, rows: Tensor, factors: Tensor) -> Tensor:
+        """(K,) squared errors of rounding rows (n, K) times factors (K,), summed over the rows."""
+        total = torch.zeros_like(factors)
+        for groups, _, largest in self._parts(rows, factors):
+            total += self._rounded(groups, largest).sub_(groups).square_().sum(dim=0).flatten()
+        return total
+
+    def slope(self, rows: Tensor, factors: Tensor, weights: Tensor) -> Tensor:
+        """(K,) derivative of noise @ weights by the factors' logarithms, for weights (K,) that go as factors^-2.
+
+        With v = rows * factors, z = v rounded and the codes as they are, z moves with the largest |v| of its group:
+        the derivative is -2 w (z - v) z summed over the rows, and 2 w (z - v) z of a whole group is added where |v| is
+        largest.
+        """
+        total, weights = torch.zeros_like(factors), weights.unflatten(0, (-1, self.group))
+        for groups, magnitudes, largest in self._parts(rows, factors):
+            rounded = self._rounded(groups, largest)
+            products = (rounded - groups).mul_(rounded).mul_(weights)
+            # One where the magnitude is the largest, else zero: several times as fast on a CPU as comparing.
+            first = magnitudes.div_(largest).floor_()
+            total += first.mul_(products.sum(dim=2, keepdim=True)).sub_(products).sum(dim=0).flatten()
+        return 2 * total
+
+
+_WEIGHT = _Grid(GROUP_SIZE, 8 / SEARCHED, -8, 7)
+
+
+def _input_grid(activations: Activations, unsigned: bool, channels: int) -> _Grid | None:
+    """None where no factor changes the error: that of FP8 is relative."""
     if activations in ("fp8", "none"):
-        return torch.zeros_like(smooth)
+        return None
     if activations == "int8":
-        row = x / smooth
-        step = row.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
-        return (step * (row / step).round().detach() - row).square().mean(dim=0)
-    values: Tensor = ((x + GELU_SHIFT if unsigned else x) / smooth).unflatten(1, (-1, GROUP_SIZE))
-    step = values.abs().amax(dim=2, keepdim=True).clamp_min(1e-30) / (15 if unsigned else 7)
-    return (step * (values / step).round().detach() - values).square().mean(dim=0).flatten()
-
-
-def _weight_noise(rows: Tensor, smooth: Tensor) -> Tensor:
-    """||m_j||^2 (K,) of rounding rows (N, K) times smooth."""
-    values: Tensor = (rows * smooth).unflatten(1, (-1, GROUP_SIZE))
-    step = values.abs().amax(dim=2, keepdim=True).clamp_min(1e-30) * (SEARCHED / 8)
-    return (step * (values / step).round().clamp(-8, 7).detach() - values).square().sum(dim=0).flatten()
+        return _Grid(channels, 127, -127, 127)
+    return _Grid(GROUP_SIZE, 15, 0, 15) if unsigned else _Grid(GROUP_SIZE, 7, -7, 7)
 
 
 @dataclass(frozen=True)
 class _Cost:
     """The formula above for one branch: what is quantized, its columns' power (K,) and some of its rows."""
 
-    x: Tensor  # (T, K) float32
+    x: Tensor  # (T, K) float32, shifted if it is quantized so
     remaining: Tensor  # (K,) v
     power: Tensor  # (K,)
     rows: Tensor  # (n, K)
     share: float  # of all rows
-    activations: Activations
-    unsigned: bool
+    grid: _Grid | None  # of the input
 
-    def __call__(self, logarithm: Tensor) -> Tensor:
+    def __call__(self, logarithm: Tensor) -> float:
+        """At factors (K,) of this logarithm."""
         smooth = logarithm.exp()
         square = smooth.square()
-        inputs = (_input_noise(self.x, smooth, self.activations, self.unsigned) * square * self.power).sum()
-        return inputs + (_weight_noise(self.rows, smooth) * self.remaining / square).sum() / self.share
+        cost = (_WEIGHT.noise(self.rows, smooth) * self.remaining / square).sum() / self.share
+        if self.grid is not None:
+            cost += (self.grid.noise(self.x, 1 / smooth) * square * self.power).sum() / len(self.x)
+        return float(cost)
+
+    def slope(self, logarithm: Tensor) -> Tensor:
+        """Its derivative (K,)."""
+        smooth = logarithm.exp()
+        square = smooth.square()
+        slope = _WEIGHT.slope(self.rows, smooth, self.remaining / square) / self.share
+        if self.grid is not None:
+            slope -= self.grid.slope(self.x, 1 / smooth, square * self.power) / len(self.x)
+        return slope
 
 
 def _rest(weights: Sequence[Tensor], smooth: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, float]:
@@ -90,17 +141,17 @@ def _rest(weights: Sequence[Tensor], smooth: Tensor, rank: int, seed: int) -> tu
     return power, taken, len(taken) / count
 
 
-def _descend(start: Tensor, cost: _Cost) -> Tensor:
-    """Adam for STEPS steps."""
-    logarithm = start.clone().requires_grad_(True)
-    adam = torch.optim.Adam([logarithm], lr=RATE)
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / STEPS)
-    for _ in range(STEPS):
-        adam.zero_grad()
-        cost(logarithm).log().backward()
-        adam.step()
-        decay.step()
-    return logarithm.detach()
+def _descend(logarithm: Tensor, cost: _Cost, unit: float) -> Tensor:
+    """Adam (Kingma and Ba, arXiv 1412.6980) for STEPS steps on the cost in units of `unit`."""
+    mean, square = torch.zeros_like(logarithm), torch.zeros_like(logarithm)
+    for step in range(STEPS):
+        slope = cost.slope(logarithm) / unit
+        mean.lerp_(slope, 1 - MEAN_DECAY)
+        square.lerp_(slope.square(), 1 - SQUARE_DECAY)
+        rate = RATE * (1 - step / STEPS) / (1 - MEAN_DECAY ** (step + 1))
+        root = (square / (1 - SQUARE_DECAY ** (step + 1))).sqrt_().add_(1e-8)
+        logarithm = logarithm - rate * mean / root
+    return logarithm
 
 
 def learn_smoothing(
@@ -114,25 +165,24 @@ def learn_smoothing(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """The best factors (K,) of `dtype`, by the formula above; square roots of the RMS spans to begin with."""
-    # Tensors of a caller's inference mode cannot be differentiated; copies made outside of it can.
-    with torch.inference_mode(False), torch.enable_grad():
-        start = smoothing(*spans(weights, moments, "rms"), 0.5, 0.5, torch.float32).clone()
-        # Damping is a share of the mean power: of smoothed channels, or massive ones would hide all others.
-        hessian = smoothed_hessian(moments, start, centered=unsigned)
-        remaining, logarithm = torch.empty_like(start), start.log()
-        remaining[hessian.order] = hessian.factor.diagonal().square()
-        remaining *= start.square()
-        x = moments.sample[:TOKENS].float().clone()
-        best, least = logarithm, float("inf")
-        for last in (*[False] * ROUNDS, True):
-            with torch.no_grad():
-                power, rows, share = _rest(weights, logarithm.exp(), rank, seed)
-                cost = _Cost(x, remaining, power.clone(), rows.clone(), share, activations, unsigned)
-                now = float(cost(logarithm))
-            if now < least:
-                best, least = logarithm, now
-            if not now > 0:
-                break
-            if not last:
-                logarithm = _descend(logarithm, cost)
-        return smoothing(best.exp(), torch.ones_like(best), 1.0, 0.0, dtype)
+    start = smoothing(*spans(weights, moments, "rms"), 0.5, 0.5, torch.float32)
+    # Damping is a share of the mean power: of smoothed channels, or massive ones would hide all others.
+    hessian = smoothed_hessian(moments, start, centered=unsigned)
+    remaining, logarithm = torch.empty_like(start), start.log()
+    remaining[hessian.order] = hessian.factor.diagonal().square()
+    remaining *= start.square()
+    x = moments.sample[:TOKENS].float()
+    if unsigned and activations == "int4":
+        x = x + GELU_SHIFT
+    grid = _input_grid(activations, unsigned, x.shape[1])
+    best, least = logarithm, float("inf")
+    for last in (*[False] * ROUNDS, True):
+        cost = _Cost(x, remaining, *_rest(weights, logarithm.exp(), rank, seed), grid)
+        now = cost(logarithm)
+        if now < least:
+            best, least = logarithm, now
+        if not now > 0:
+            break
+        if not last:
+            logarithm = _descend(logarithm, cost, now)
+    return smoothing(best.exp(), torch.ones_like(best), 1.0, 0.0, dtype)

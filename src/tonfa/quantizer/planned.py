@@ -15,6 +15,7 @@ from tonfa.plan import LinearPlan, ModelPlan
 from tonfa.quantizer.modulation import quantize_modulation
 from tonfa.quantizer.moments import InputMoments
 from tonfa.quantizer.recipe import Recipe, quantize_linear
+from tonfa.quantizer.threads import suited_threads
 from tonfa.weights import StackedWeights, SVDQWeights, W4A16Weights
 
 
@@ -51,18 +52,19 @@ def quantize_planned(
 
     `moments` are those of its input, `smooth_factor` (K,) what it shares with others; a modulation needs neither.
     """
-    if linear.kind == "w4a16":
-        return quantize_modulation(weight, bias, linear.plus_one, dtype=dtype, name=linear.name)
-    return quantize_linear(
-        weight,
-        bias,
-        recipe,
-        moments=moments,
-        smooth_factor=smooth_factor,
-        unsigned=linear.unsigned,
-        dtype=dtype,
-        name=linear.name,
-    )
+    with suited_threads(weight.numel()):
+        if linear.kind == "w4a16":
+            return quantize_modulation(weight, bias, linear.plus_one, dtype=dtype, name=linear.name)
+        return quantize_linear(
+            weight,
+            bias,
+            recipe,
+            moments=moments,
+            smooth_factor=smooth_factor,
+            unsigned=linear.unsigned,
+            dtype=dtype,
+            name=linear.name,
+        )
 
 
 def check_rank(plan: ModelPlan, recipe: Recipe) -> None:
