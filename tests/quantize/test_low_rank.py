@@ -39,6 +39,14 @@ def test_full_rank_reproduces_the_matrix() -> None:
     assert relative_error(factors.up @ factors.down.T, matrix) < 1e-6
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_of_exact_decompositions_do_not_overflow(scale: float) -> None:
+    matrix = decaying(96, 64)
+    factors = low_rank(scale * matrix, 16)
+    found = factors.up.double() @ factors.down.double().T
+    assert relative_error(found / scale, matrix.double()) == pytest.approx(best_error(matrix, 16), abs=1e-6)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("n", "k"), [(700, 560), (560, 900)])
 def test_randomized_is_within_a_thousandth_of_the_best(n: int, k: int, device: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from support import relative_error
 from tonfa.formats import FP8, GELU_SHIFT, INT4, INT8
 from tonfa.quantizer.judge import Judge, quantized_input, widened
-from tonfa.quantizer.learned import learn_smoothing
+from tonfa.quantizer.learned import _Cost, _input_grid, learn_smoothing
 from tonfa.quantizer.moments import InputMoments
 from tonfa.quantizer.recipe import _round_absmax
 from tonfa.quantizer.smoothing import candidates, search_smoothing, smoothing, spans
@@ -112,6 +112,35 @@ def test_learned_factors_beat_their_start(unsigned: bool, activations: str) -> N
 
     assert error(found) < error(start)
     assert error(found) < 0.8 * error(torch.ones_like(start))
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("activations", ["int4", "int8", "fp8"])
+def test_the_slope_is_that_of_automatic_differentiation(unsigned: bool, activations: str) -> None:
+    """Of the formula written plainly, with codes that have no derivative."""
+    (rows, _), moments = layer(tokens=96, unsigned=unsigned)
+    x = moments.sample.float() + (GELU_SHIFT if unsigned and activations == "int4" else 0)
+    g = torch.Generator().manual_seed(1)
+    remaining, power = torch.rand(2, 128, generator=g) + 0.1
+    logarithm = torch.randn(128, generator=g).requires_grad_(True)
+    smooth = logarithm.exp()
+
+    def noise(values: Tensor, group: int, levels: float, lowest: int, highest: int) -> Tensor:
+        groups = values.unflatten(1, (-1, group))
+        step = groups.abs().amax(dim=2, keepdim=True) / levels
+        codes = (groups / step).round().clamp(lowest, highest).detach()
+        return (step * codes - groups).square().sum(dim=0).flatten()
+
+    cost = (noise(rows * smooth, 64, 8 / 0.95, -8, 7) * remaining / smooth**2).sum() / 0.5
+    if activations != "fp8":
+        group, levels = (128, 127) if activations == "int8" else (64, 15 if unsigned else 7)
+        lowest = 0 if levels == 15 else -levels
+        cost = cost + (noise(x / smooth, group, levels, lowest, levels) * smooth**2 * power).sum() / 96
+    cost.backward()
+    found = _Cost(x, remaining, power, rows, 0.5, _input_grid(activations, unsigned, 128))
+    assert found(logarithm.detach()) == pytest.approx(cost.item(), rel=1e-5)
+    assert logarithm.grad is not None
+    assert relative_error(found.slope(logarithm.detach()), logarithm.grad) < 1e-4
 
 
 def test_learning_is_deterministic_and_works_in_inference_mode() -> None:

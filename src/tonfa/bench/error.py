@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from tonfa.bench.models import four_bit_model
 from tonfa.bench.protocol import Say, Timing, record
 from tonfa.bench.synthetic import step_inputs
-from tonfa.bench.variant import Variant, finite
+from tonfa.bench.variant import SIXTEEN_BITS, Variant, finite
 from tonfa.layers.linear import SVDQLinear
-from tonfa.ops.table import DEFAULT_ATTENTION
 
 PUBLISHED = "int4"
 """The activations of the published W4A4 arithmetic."""
@@ -95,7 +94,7 @@ def bench_error(request: ErrorRequest, say: Say) -> list[dict[str, Any]]:
 
 
 def _attention(request: ErrorRequest, activations: str) -> str:
-    return DEFAULT_ATTENTION if activations == PUBLISHED else request.attention
+    return SIXTEEN_BITS if activations == PUBLISHED else request.attention
 
 
 def _exact(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -7,10 +7,10 @@ error of the output is
 
 n is the rounding error of the smoothed input, m that of the smoothed R, v_j what of channel j's power the channels that
 are quantized after it cannot make up for (`hessian`). Rounding errors are continuous in the factors, so the derivative
-at fixed codes is exact almost everywhere, and short enough to be written out: automatic differentiation takes eight
-times as long on a CPU. No weight is changed, only the coordinates in which it is rounded: nothing
-shrinks. L is found anew between rounds. With all else equal, the error at 4-bit activations falls by 2 to 6 % from that
-with the best of the published grid, and it ends at the same wherever it starts.
+at fixed codes is exact almost everywhere. It is written out: automatic differentiation takes eight times as long on a
+CPU. No weight is changed, only the coordinates in which it is rounded: nothing shrinks. L is found anew between rounds.
+With all else equal, the error at 4-bit activations falls by 2 to 6 % from that with the best of the published grid, and
+it ends at the same wherever it starts.
 """
 
 from __future__ import annotations

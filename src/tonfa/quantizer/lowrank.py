@@ -1,6 +1,6 @@
 """The low-rank branch: the leading singular triplets of a matrix, exact where that is cheap, else randomized.
 
-Exact means eigenvectors of the smaller Gram matrix, three to eight times as fast as LAPACK's SVD. That squares the
+Exact means eigenvectors of the smaller Gram matrix, about three times as fast as LAPACK's SVD. That squares the
 condition number, which costs digits of small singular values; a branch wants the large ones, and projecting the matrix
 itself on the vectors leaves no error that they had not.
 
