@@ -40,9 +40,7 @@ static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 }
 
 static uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-static Barrier named[16];
 static void __syncwarp() { meet_warp(); }
-static void sync_threads(int id, int count) { meet(named[id], count); }
 static float __shfl_sync(unsigned, float value, int from) {
   auto& mine = exchange[threadIdx.x / 32];
   memcpy(mine[threadIdx.x % 32], &value, sizeof value);
@@ -60,11 +58,18 @@ static uint32_t warp_max(uint32_t v) {
   return v;
 }
 
-// A copy of the copy engine is made when its barrier is waited for; until then its bytes are NaN. Barriers have one copy.
+// A copy of the copy engine is made when its barrier is waited for; until then its bytes are NaN. A barrier has one copy,
+// or threads that arrive.
 struct Bulk { char* to; const char* from; int bytes; bool done; };
 static std::map<uint32_t, Bulk> bulks;
 static std::map<uint32_t, int> expected;
-static void barrier_init(uint32_t bar, int) { bulks.erase(bar), expected.erase(bar); }
+struct Arrivals { int missing, count, phase; };
+static std::map<uint32_t, Arrivals> arrivals_of;
+static void barrier_init(uint32_t bar, int count) { bulks.erase(bar), expected.erase(bar), arrivals_of[bar] = {count, count, 0}; }
+static void barrier_arrive(uint32_t bar) {
+  Arrivals& a = arrivals_of[bar];
+  if (--a.missing == 0) a.missing = a.count, a.phase ^= 1;
+}
 static void barriers_ready() {}
 static void barrier_expect(uint32_t bar, int bytes) { expected[bar] = bytes; }
 static void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
@@ -73,8 +78,11 @@ static void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
   memset(shared(to), 0xff, bytes);
   bulks[bar] = {shared(to), static_cast<const char*>(from), bytes, false};
 }
-static void barrier_wait(uint32_t bar, int) {
-  while (!bulks.count(bar)) yield_();
+static void barrier_wait(uint32_t bar, int parity) {
+  while (!bulks.count(bar)) {
+    if (arrivals_of[bar].phase != parity) return;
+    yield_();
+  }
   Bulk& bulk = bulks[bar];
   if (!bulk.done) memcpy(bulk.to, bulk.from, bulk.bytes);
   bulk.done = true;

@@ -58,4 +58,5 @@ def expand(
         int(wscales.dtype == torch.float16),
     )
     rows, steps = -(-n // _CHANNELS), -(-k // ROW_BYTES)
-    launch(kernel(), qweight.device, (rows, min(steps, max(1, _BLOCKS // rows))), parameters)
+    each = -(-steps // max(1, _BLOCKS // rows))
+    launch(kernel(), qweight.device, (rows, -(-steps // each)), parameters)

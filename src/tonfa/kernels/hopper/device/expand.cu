@@ -33,6 +33,12 @@ __device__ __forceinline__ uint4 transposed(const uint32_t (&w)[4], int q) {
   return odd ? make_uint4(t0, v1, t1, v3) : make_uint4(v0, t0, v2, t1);
 }
 
+// With the lane of the row beside.
+__device__ __forceinline__ uint4 exchanged(uint4 v) {
+  return make_uint4(__shfl_xor_sync(0xffffffffu, v.x, 4), __shfl_xor_sync(0xffffffffu, v.y, 4), __shfl_xor_sync(0xffffffffu, v.z, 4),
+                    __shfl_xor_sync(0xffffffffu, v.w, 4));
+}
+
 // A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__ Expand a) {
   const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
@@ -54,8 +60,12 @@ extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__
     uint32_t first[4], second[4];
     decode(codes.x, table, first[0], second[0]), decode(codes.y, table, first[1], second[1]);
     decode(codes.z, table, first[2], second[2]), decode(codes.w, table, first[3], second[3]);
-    uint8_t* const to = a.out + ((size_t)step * a.n + n) * 128;
-    *(uint4*)(to + ((2 * q) ^ (n & 7)) * 16) = transposed(first, q);
-    *(uint4*)(to + ((2 * q + 1) ^ (n & 7)) * 16) = transposed(second, q);
+    // Piece 2q and 2q + 1 of each row; two lanes exchange, so that a store writes whole rows: even ones, then odd ones.
+    const uint4 low = transposed(first, q), high = transposed(second, q);
+    const bool odd = lane & 4;
+    const uint4 theirs = exchanged(odd ? low : high), even_row = odd ? theirs : low, odd_row = odd ? high : theirs;
+    uint8_t* const to = a.out + ((size_t)step * a.n + (n & ~1)) * 128;
+    *(uint4*)(to + ((2 * q + odd) ^ (n & 6)) * 16) = even_row;
+    *(uint4*)(to + 128 + ((2 * q + odd) ^ (n & 6 | 1)) * 16) = odd_row;
   }
 }

@@ -94,6 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ __align__(16) Exchange exchanges[TEAMS][2];
   __shared__ __align__(8) unsigned long long arrivals[ROWS + 1];
+  __shared__ __align__(8) unsigned long long meetings[TEAMS];
   __shared__ float reciprocals[ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int m0 = blockIdx.x * a.rows, count = min(a.rows, a.m - m0);
@@ -104,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   if (lane == 0) {
     for (int i = warp; i < count; i += WARPS) barrier_init(arrived + 8 * i, 1);
     if (warp == WARPS - 1) barrier_init(arrived + 8 * ROWS, 1);
+    if (warp < TEAMS) barrier_init(shared_address(meetings) + 8 * warp, TEAM / 32);
     barriers_ready();
     for (int i = warp; i < count; i += WARPS) {
       const int m = m0 + i, batch = m / a.length;
@@ -114,6 +116,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   }
 
   const int team = threadIdx.x / TEAM, t = threadIdx.x % TEAM;
+  int parity = 0;
+  // Not bar.sync of a part of the block: teams meet unequally often, and compute-sanitizer then loses __syncthreads.
+  auto meet_team = [&]() {
+    const uint32_t meeting = shared_address(meetings) + 8 * team;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(meeting);
+    barrier_wait(meeting, parity);
+    parity ^= 1;
+  };
   auto column_of = [&](int p) { return (p * TEAM + t) * 8; };
   auto exists = [&](int p) { return CHANNELS % (8 * TEAM) == 0 || p < PIECES - 1 || column_of(p) < CHANNELS; };
   float inverse[KEPT][8];
@@ -203,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
       for (int r = 0; r < TURN; ++r) stats[r] = sums[r][0] + sums[r][2];  // in each of four lanes
       fold(stats, lane);
       if (lane % (16 / TURN) == 0) exchange.stats[lane / (16 / TURN)][warp % 4] = stats[0];
-      sync_threads(1 + team, TEAM);
+      meet_team();
       const float4 total = *(const float4*)exchange.stats[lane % TURN], squares = *(const float4*)exchange.stats[TURN + lane % TURN];
       const float sum = fmaf(-8.f * TEAM * PIECES, own_pivot, 0.25f * ((total.x + total.y) + (total.z + total.w)));
       const float mean = sum * (1.f / CHANNELS);  // from the pivot on
@@ -251,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
       }
       fold(energy, lane);
       if (lane % (32 / TURN) == 0) exchange.squares[lane / (32 / TURN)][warp % 4] = energy[0];
-      sync_threads(1 + team, TEAM);
+      meet_team();
 #if FROM_FP8
       // y takes more room than x, so that all of the team must have read first.
 #pragma unroll
