@@ -13,9 +13,9 @@ from tonfa import dispatch
 from tonfa.errors import FormatError
 from tonfa.formats import FP8, INT4
 from tonfa.kernels.hopper import layout, quantize, tiles
-from tonfa.kernels.hopper import product as products
 from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
 from tonfa.kernels.hopper.expand import expand, wide_shape
+from tonfa.kernels.hopper.packed_product import pack_product
 from tonfa.kernels.hopper.product_norm_rope_fp8 import product_norm_rope_fp8
 from tonfa.ops import attention_fp8, fused
 from tonfa.ops.activation import InputWeights, QuantizedActivation, ScaledFP8
@@ -125,7 +125,7 @@ def with_norms(x: QuantizedActivation) -> HopperActivation:
 @pytest.mark.parametrize(("n", "k"), [(9216, 3072), (64, 64), (192, 1088)])
 def test_expand(n: int, k: int, dtype: torch.dtype) -> None:
     w = make(n, k, 16, dtype)
-    packed = products.pack_product(w)
+    packed = pack_product(w)
     out = torch.full(wide_shape(n, k), 0x7F, dtype=torch.uint8, device="cuda")
     expand(packed.qweight, packed.wscales, packed.inverse_scales, out)
     ratios = (w.wscales.T.float() * packed.inverse_scales[:n, None]).half().unsqueeze(2)
@@ -342,7 +342,7 @@ def test_heads_that_do_not_go_together(heads: int, batch: int) -> None:
         w = random_weights(3 * heads * 128, 64, 16, generator=torch.Generator().manual_seed(0))
         x = empty_activation(batch * length, 64, 16, torch.bfloat16, torch.device("cpu"), torch.ones(batch * length))
         table, norm = torch.ones(length, 128), torch.ones(128)
-        return fused.Projection(x, products.pack_product(w), norm, norm, (table, table))
+        return fused.Projection(x, pack_product(w), norm, norm, (table, table))
 
     with pytest.raises(FormatError, match="expected 2 images of 1 heads each, got"):
         product_norm_rope_fp8([projection(1, 2, 7), projection(heads, batch, 5)])

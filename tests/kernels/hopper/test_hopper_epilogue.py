@@ -15,7 +15,8 @@ import torch
 from support import relative_error
 from tonfa.kernels.cuda.kernel import _device_code
 from tonfa.kernels.hopper import tiles
-from tonfa.kernels.hopper.product import NORM_ROPE, NORM_ROPE_FP8, Product, _rotary_table
+from tonfa.kernels.hopper.product_kernel import NORM_ROPE, NORM_ROPE_FP8, Product
+from tonfa.kernels.hopper.product_norm_rope import _rotary_table
 from tonfa.ops import fused
 
 HERE = Path(__file__).parent

@@ -9,19 +9,19 @@ import torch
 
 import machine_code
 from tonfa.kernels.cuda.kernel import Kernel
-from tonfa.kernels.hopper import product, quantize, quantize_known
-from tonfa.kernels.hopper.product import GATE_RESIDUAL, GELU, GELU_QUANTIZE, NORM_ROPE, NORM_ROPE_FP8, PLAIN
+from tonfa.kernels.hopper import product_kernel, quantize, quantize_known
+from tonfa.kernels.hopper.product_kernel import GATE_RESIDUAL, GELU, GELU_QUANTIZE, NORM_ROPE, NORM_ROPE_FP8, PLAIN
 
 KERNELS = [
-    product.kernel(torch.bfloat16, PLAIN, 256),
-    product.kernel(torch.bfloat16, GELU, 192),
-    product.kernel(torch.bfloat16, GATE_RESIDUAL, 224),
-    product.kernel(torch.bfloat16, NORM_ROPE, 192),
-    product.kernel(torch.bfloat16, NORM_ROPE_FP8, 192),
-    product.kernel(torch.float16, NORM_ROPE_FP8, 32),
-    product.kernel(torch.float16, PLAIN, 128),
-    product.kernel(torch.bfloat16, GELU_QUANTIZE, 192, 32),
-    product.kernel(torch.float16, GELU_QUANTIZE, 192, 0),
+    product_kernel.kernel(torch.bfloat16, PLAIN, 256),
+    product_kernel.kernel(torch.bfloat16, GELU, 192),
+    product_kernel.kernel(torch.bfloat16, GATE_RESIDUAL, 224),
+    product_kernel.kernel(torch.bfloat16, NORM_ROPE, 192),
+    product_kernel.kernel(torch.bfloat16, NORM_ROPE_FP8, 192),
+    product_kernel.kernel(torch.float16, NORM_ROPE_FP8, 32),
+    product_kernel.kernel(torch.float16, PLAIN, 128),
+    product_kernel.kernel(torch.bfloat16, GELU_QUANTIZE, 192, 32),
+    product_kernel.kernel(torch.float16, GELU_QUANTIZE, 192, 0),
     *(quantize.kernel(torch.bfloat16, norm, 3072, rows) for norm in (True, False) for rows in (35, 32, 24, 16, 4)),
     *(quantize.kernel(torch.float16, True, *shape) for shape in ((64, 35), (3072, 35), (5120, 21), (8192, 12))),
     *(quantize.kernel(dtype, False, 3072, rows, True) for dtype in (torch.bfloat16, torch.float16) for rows in (35, 4)),

@@ -35,13 +35,15 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
     from tonfa.kernels.cuda import w4a16 as modulations
     from tonfa.kernels.hopper import inputs
+    from tonfa.kernels.hopper import packed_product as weights
     from tonfa.kernels.hopper import product as products
+    from tonfa.kernels.hopper import product_norm_rope as heads
     from tonfa.kernels.hopper import quantize as quantizers
     from tonfa.kernels.hopper.product_norm_rope_fp8 import product_norm_rope_fp8
 
     theirs = triton.BACKEND.table(activations)
 
-    packed = (inputs.PackedInput, products.PackedProduct, modulations.PackedW4A16, tuple)
+    packed = (inputs.PackedInput, weights.PackedProduct, modulations.PackedW4A16, tuple)
 
     def by_weights(ours: Callable[..., Any], op: str, place: int) -> Callable[..., Any]:
         return route(ours, theirs[op], packed, place)
@@ -53,7 +55,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         return theirs["quantize"](x.dequantize(), w)
 
     def product_gelu_quantize(x: QuantizedActivation, w: Any, following: Any) -> Any:
-        mine = isinstance(w, products.PackedProduct)
+        mine = isinstance(w, weights.PackedProduct)
         if mine != isinstance(following, inputs.PackedInput):
             return quantize(fused.gelu(product(x, w)), following)
         kernel = products.product_gelu_quantize if mine else theirs["product_gelu_quantize"]
@@ -64,7 +66,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         return (inputs.pack_input if mine else theirs["pack_input"])(w)
 
     def pack_product(w: SVDQWeights) -> Any:
-        return (products.pack_product if inputs.takes(w.wscales.dtype, w.rank) else theirs["pack_product"])(w)
+        return (weights.pack_product if inputs.takes(w.wscales.dtype, w.rank) else theirs["pack_product"])(w)
 
     def pack_w4a16(w: W4A16Weights) -> Any:
         return (modulations.pack_w4a16 if w.wscales.dtype in ELEMENTS else theirs["pack_w4a16"])(w)
@@ -77,7 +79,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         **theirs,
         "pack_input": pack_input,
         "pack_product": pack_product,
-        "pack_product_expanded": products.pack_product_expanded,
+        "pack_product_expanded": weights.pack_product_expanded,
         "pack_w4a16": pack_w4a16,
         "pack_w4a16_group": pack_w4a16_group,
         "w4a16": by_weights(modulations.w4a16, "w4a16", 1),
@@ -86,8 +88,8 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "quantize_fp8": route(quantizers.quantize_fp8, other_quantize_fp8, packed, 1),
         "product": product,
         "norm_modulate_quantize": by_weights(quantizers.norm_modulate_quantize, "norm_modulate_quantize", 3),
-        "product_norm_rope": by_weights(products.product_norm_rope, "product_norm_rope", 1),
-        "product_norm_rope_into": by_weights(products.product_norm_rope_into, "product_norm_rope_into", 1),
+        "product_norm_rope": by_weights(heads.product_norm_rope, "product_norm_rope", 1),
+        "product_norm_rope_into": by_weights(heads.product_norm_rope_into, "product_norm_rope_into", 1),
         "product_norm_rope_fp8": product_norm_rope_fp8,
         "product_gelu_quantize": product_gelu_quantize,
         "product_gate_residual": by_weights(products.product_gate_residual, "product_gate_residual", 1),

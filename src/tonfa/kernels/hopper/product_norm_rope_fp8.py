@@ -13,7 +13,8 @@ import torch
 from tonfa.errors import FormatError
 from tonfa.kernels.attention.fp8_scales import Source, scales
 from tonfa.kernels.hopper.activation import HopperActivation
-from tonfa.kernels.hopper.product import HEAD_DIM, PackedProduct, start_heads
+from tonfa.kernels.hopper.packed_product import PackedProduct
+from tonfa.kernels.hopper.product_norm_rope import HEAD_DIM, start_heads
 from tonfa.ops.attention_fp8 import QuantizedHeads
 from tonfa.ops.fused import Projection, empty_heads
 

@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     barrier_init(shared.taken(), FINISHERS);
     barrier_init(shared.inverse_full(), 1);
     barrier_init(shared.down_full(), 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
   earlier_kernels_done();

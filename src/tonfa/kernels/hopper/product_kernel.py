@@ -1,0 +1,163 @@
+"""The kernel of the products (device/product.cu): its parameter, its variants, its launch behind the expansion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import c_int32, c_int64, c_void_p
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tonfa.errors import FormatError
+from tonfa.kernels.cuda.kernel import Kernel, Struct
+from tonfa.kernels.cuda.launch import launch
+from tonfa.kernels.hopper import tiles
+from tonfa.kernels.hopper.activation import HopperActivation
+from tonfa.kernels.hopper.ahead import AHEAD
+from tonfa.kernels.hopper.device_facts import multiprocessors
+from tonfa.kernels.hopper.expand import expand, wide_shape
+from tonfa.kernels.hopper.packed_product import PackedProduct
+from tonfa.kernels.triton.scratch import SCRATCH
+from tonfa.ops.activation import QuantizedActivation
+
+PLAIN, GELU, GATE_RESIDUAL, NORM_ROPE, GELU_QUANTIZE, NORM_ROPE_FP8 = range(6)
+
+
+class Product(Struct):
+    """The kernel's parameter."""
+
+    _fields_ = [  # noqa: RUF012
+        *(
+            (name, c_void_p)
+            for name in (
+                "x",
+                "x_scale",
+                "lora",
+                "w",
+                "w_scale",
+                "up",
+                "bias",
+                "out",
+                "out_k",
+                "out_v",
+                "residual",
+                "gate",
+                "norm_q",
+                "norm_k",
+                "rotary",
+                "factors",
+                "next_inverse",
+                "absmax",
+                "norms",
+                "bound",
+                "next_down",
+                "next_codes",
+                "next_scale",
+                "partial",
+            )
+        ),
+        *((name, c_int64) for name in ("batch_stride", "token_stride", "head_stride")),
+        *(
+            (name, c_int32)
+            for name in (
+                "m",
+                "m_pad",
+                "n",
+                "k",
+                "rank",
+                "rank_start",
+                "length",
+                "heads",
+                "gate_stride",
+                "run",
+            )
+        ),
+    ]
+
+
+@lru_cache(maxsize=128)
+def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None = None) -> Kernel:
+    """The kernel with this epilogue, for tiles of so many rows; GELU_QUANTIZE: the rank of the next linear."""
+    from tonfa.kernels.hopper.wgmma import wrappers
+
+    values = {
+        "TOKENS": tokens,
+        "STAGES": tiles.stages(tokens, down_rank),
+        "THREADS": tiles.threads(tokens),
+        "EPILOGUE": epilogue,
+        "FP16": int(dtype == torch.float16),
+    }
+    if down_rank is not None:
+        values["DOWN_RANK"] = down_rank
+    defines = tuple((name, str(value)) for name, value in values.items())
+    threads, shared = values["THREADS"], tiles.shared_bytes(tokens, down_rank)
+    preamble = wrappers(tokens, down_rank or 0, dtype == torch.float16)
+    return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble, early=True)
+
+
+def _with_weights(w: PackedProduct, device: torch.device, multiply: Callable[[Tensor], None]) -> None:
+    """multiply(weights in e4m3): as they are kept, or in a buffer that a later product overwrites."""
+    if w.wide is not None:
+        multiply(w.wide)
+        return
+    steps, columns, width = shape = wide_shape(w.columns, w.in_features)
+
+    def widen(out: Tensor) -> None:
+        expand(w.qweight, w.wscales, w.inverse_scales, out.view(shape))
+
+    if torch.cuda.is_current_stream_capturing():
+        AHEAD.run(device, steps * columns * width, widen, multiply)
+        return
+    out = SCRATCH.empty(device, steps * columns, width, torch.uint8)
+    widen(out)
+    multiply(out)
+
+
+def start(
+    x: QuantizedActivation,
+    w: PackedProduct,
+    epilogue: int,
+    tile: tuple[int, int] | None = None,
+    down_rank: int | None = None,
+    **values: Any,
+) -> None:
+    """Expand the weights and start the product; `values` are what the epilogue needs of `Product`.
+
+    `tile`: its tokens, and how many of the same tokens a block takes one after another.
+    """
+    if not isinstance(x, HopperActivation):
+        raise FormatError("product: the input must come from this backend's quantize")
+    if (x.channels, x.rank) != (w.in_features, w.rank):
+        found, expected = f"{x.channels} channels of rank {x.rank}", f"{w.in_features} of rank {w.rank}"
+        raise FormatError(f"product: the input has {found}, the weights have {expected}")
+    if x.rows == 0:
+        return
+    device, n = x.codes.device, w.columns
+    count = multiprocessors(device)
+    much = epilogue in (NORM_ROPE, NORM_ROPE_FP8, GELU)
+    tokens, run = tile or (tiles.choose(x.rows, n, x.channels, count, much), 1)
+    parameters = Product(
+        x=x.codes.data_ptr(),
+        x_scale=x.scales.data_ptr(),
+        lora=x.lowrank.data_ptr(),
+        w_scale=w.row_scales.data_ptr(),
+        up=w.up.data_ptr(),
+        bias=w.bias.data_ptr(),
+        m=x.rows,
+        m_pad=x.codes.shape[1],
+        n=n,
+        k=x.channels,
+        rank=x.rank,
+        rank_start=x.rank_start,
+        run=run,
+        **values,
+    )
+    units = -(-x.rows // tokens) * -(-n // (tiles.CHANNELS * run))
+
+    def multiply(expanded: Tensor) -> None:
+        parameters.w = expanded.data_ptr()
+        launch(kernel(x.dtype, epilogue, tokens, down_rank), device, (min(count, units),), parameters)
+
+    _with_weights(w, device, multiply)
