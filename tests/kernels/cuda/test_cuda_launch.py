@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +26,19 @@ class Driver:
     """The functions of `cuda.bindings.driver` that are used; each call is noted, those in `failing` fail."""
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="early", CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster"
+    )
+    CUlaunchConfig = SimpleNamespace
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.failing: set[str] = set()
         self.context = 0
         self.mode = "global"
+
+    def CUlaunchAttribute(self) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> tuple[Any, ...]:
@@ -65,10 +73,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=100 + index))
-    for cached in (module._library, module._function):
+    for cached in (module._library, module._function, module._config):
         cached.cache_clear()
     yield fake
-    for cached in (module._library, module._function):
+    for cached in (module._library, module._function, module._config):
         cached.cache_clear()
 
 
@@ -83,6 +91,25 @@ def test_arguments_reach_the_kernel_on_the_current_stream(driver: Driver) -> Non
         (7, 5, 2, 1, 128, 1, 1, 0, 100, 3, 4),
         (7, 9, 1, 1, 128, 1, 1, 0, 101, 6, 4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("early", "cluster", "expected"), [(True, 1, ["early"]), (False, 2, ["cluster"]), (True, 2, ["early", "cluster"])]
+)
+def test_early_starts_and_clusters_are_attributes(
+    driver: Driver, early: bool, cluster: int, expected: list[str]
+) -> None:
+    kernel = replace(add_kernel(), early=early, cluster=cluster)
+    module.launch(kernel, torch.device("cuda", 0), (6, 2), Partials(8, 16, 3, 4))
+    ((config, function, _, extra),) = driver.named("cuLaunchKernelEx")
+    assert (function, extra) == (7, 0) and not driver.named("cuLaunchKernel")
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX, config.hStream) == (6, 2, 1, 128, 100)
+    assert config.numAttrs == len(config.attrs) and [attribute.id for attribute in config.attrs] == expected
+    for attribute in config.attrs:
+        if attribute.id == "early":
+            assert attribute.value.programmaticStreamSerializationAllowed == 1
+        else:
+            assert vars(attribute.value.clusterDim) == {"x": 2, "y": 1, "z": 1}
 
 
 def test_code_is_loaded_once_for_an_architecture_and_once_on_each_device(driver: Driver) -> None:

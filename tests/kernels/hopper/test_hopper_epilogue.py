@@ -37,8 +37,8 @@ def library(epilogue: int, fp16: bool, folder: Path) -> Any:
         'extern "C" int run(unsigned blocks, Product* a) {\n'
         "  return run_blocks({blocks, 1, 1}, THREADS, [&] { epilogue(*a); });\n}\n"
     )
-    values = {"TOKENS": TOKENS, "STAGES": 4, "THREADS": tiles.threads(TOKENS), "EPILOGUE": epilogue}
-    values["FP16"] = int(fp16)
+    values = {"TOKENS": TOKENS, "STAGES": 4, "THREADS": tiles.threads(TOKENS), "CLUSTER": 1}
+    values |= {"EPILOGUE": epilogue, "FP16": int(fp16)}
     defines = [f"-D{name}={value}" for name, value in values.items()]
     folders = [f"-I{place}", f"-I{HERE}", f"-I{HERE.parent / 'cuda'}"]
     options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]

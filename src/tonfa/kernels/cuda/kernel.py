@@ -62,6 +62,8 @@ class Kernel:
     """Device code in front of the source."""
     early: bool = False
     """Whether it may start before the kernel in front of it is done, for which it waits itself (griddepcontrol)."""
+    cluster: int = 1
+    """Adjacent blocks (x) that run at the same time and reach each other's shared memory; they divide the grid."""
 
     def __str__(self) -> str:
         return f"{self.name}[{', '.join(f'{key}={value}' for key, value in self.defines)}]"

@@ -92,17 +92,26 @@ def _make_context_current(index: int) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _early_start(kernel: Kernel, x: int, y: int, z: int, stream: int) -> Any:
-    """A launch with the attribute of programmatic dependent launch."""
+def _config(kernel: Kernel, x: int, y: int, z: int, stream: int) -> Any:
+    """A launch with attributes: programmatic dependent launch, clusters."""
     driver = _driver()
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
+    attributes = []
+    if kernel.early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(attribute)
+    if kernel.cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attribute.value.clusterDim
+        size.x, size.y, size.z = kernel.cluster, 1, 1
+        attributes.append(attribute)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
     config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
     config.sharedMemBytes, config.hStream = kernel.shared, stream
-    config.attrs, config.numAttrs = [attribute], 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 
@@ -119,8 +128,8 @@ def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], *paramet
         function = _function(kernel, index)
         stream = torch.cuda.current_stream(index).cuda_stream
         address = ctypes.addressof(pointers)
-        if kernel.early:
-            result = driver.cuLaunchKernelEx(_early_start(kernel, x, y, z, stream), function, address, 0)
+        if kernel.early or kernel.cluster > 1:
+            result = driver.cuLaunchKernelEx(_config(kernel, x, y, z, stream), function, address, 0)
         else:
             result = driver.cuLaunchKernel(function, x, y, z, kernel.threads, 1, 1, kernel.shared, stream, address, 0)
     _done(result, f"starting {kernel} with {x} x {y} x {z} blocks on cuda:{index}")

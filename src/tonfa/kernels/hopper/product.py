@@ -77,7 +77,9 @@ def _product_gelu_quantize(
     device = x.codes.device
     result = empty_activation(x.rows, following.channels, following.rank, x.dtype, device)
     behind = w.following(following)
-    tokens, run = tiles.choose_run(x.rows, w.columns, x.channels, multiprocessors(device), following.rank)
+    count = multiprocessors(device)
+    together = tiles.cluster(w.columns, count)
+    tokens, run = tiles.choose_run(x.rows, w.columns, x.channels, count, following.rank, together)
     slots, padded = -(-(w.columns // tiles.CHANNELS) // run), x.codes.shape[1]
     partial = torch.empty((slots, padded, following.rank), device=device)
     start(

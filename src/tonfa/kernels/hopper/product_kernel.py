@@ -78,14 +78,18 @@ class Product(Struct):
 
 
 @lru_cache(maxsize=128)
-def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None = None) -> Kernel:
-    """The kernel with this epilogue, for tiles of so many rows; GELU_QUANTIZE: the rank of the next linear."""
+def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None = None, cluster: int = 1) -> Kernel:
+    """The kernel with this epilogue, for tiles of so many rows, in clusters of so many blocks.
+
+    `down_rank`: with GELU_QUANTIZE the rank of the next linear.
+    """
     from tonfa.kernels.hopper.wgmma import wrappers
 
     values = {
         "TOKENS": tokens,
         "STAGES": tiles.stages(tokens, down_rank),
         "THREADS": tiles.threads(tokens),
+        "CLUSTER": cluster,
         "EPILOGUE": epilogue,
         "FP16": int(dtype == torch.float16),
     }
@@ -94,7 +98,8 @@ def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None
     defines = tuple((name, str(value)) for name, value in values.items())
     threads, shared = values["THREADS"], tiles.shared_bytes(tokens, down_rank)
     preamble = wrappers(tokens, down_rank or 0, dtype == torch.float16)
-    return Kernel("product", defines, (Product,), threads, shared, "tonfa.kernels.hopper", "a", preamble, early=True)
+    package = "tonfa.kernels.hopper"
+    return Kernel("product", defines, (Product,), threads, shared, package, "a", preamble, early=True, cluster=cluster)
 
 
 def _with_weights(w: PackedProduct, device: torch.device, multiply: Callable[[Tensor], None]) -> None:
@@ -155,9 +160,10 @@ def start(
         **values,
     )
     units = -(-x.rows // tokens) * -(-n // (tiles.CHANNELS * run))
+    specialized = kernel(x.dtype, epilogue, tokens, down_rank, tiles.cluster(n, count, run))
 
     def multiply(expanded: Tensor) -> None:
         parameters.w = expanded.data_ptr()
-        launch(kernel(x.dtype, epilogue, tokens, down_rank), device, (min(count, units),), parameters)
+        launch(specialized, device, (min(count, units),), parameters)
 
     _with_weights(w, device, multiply)

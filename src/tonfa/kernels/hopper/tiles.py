@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 CHANNELS = 128
+CLUSTER = 2
+"""Blocks that load the codes of their common tokens together, where tiles can be divided so; 1: each block alone."""
 _TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 96, 64, 32)
 _SHARED = 232_448 - 1024
 _MANY_FINISHERS = 192  # tokens of the largest tile that leaves registers for seven warps
@@ -40,6 +42,12 @@ def threads(tokens: int) -> int:
     return 384 if tokens > _MANY_FINISHERS else 512
 
 
+def cluster(columns: int, multiprocessors: int, run: int = 1) -> int:
+    """Blocks of a cluster: CLUSTER where tiles, in runs, and multiprocessors go into so many equal parts, or one."""
+    n_tiles = -(-columns // CHANNELS)
+    return CLUSTER if n_tiles % (CLUSTER * run) == 0 and multiprocessors % CLUSTER == 0 else 1
+
+
 def _cost(tokens: int, tiles: int, steps: int, multiprocessors: int) -> float:
     """Microseconds."""
     end = (_END if tokens <= _MANY_FINISHERS else _END_LARGEST) * tokens
@@ -56,8 +64,13 @@ def choose(rows: int, columns: int, channels: int, multiprocessors: int, much_to
 
 
 @lru_cache(maxsize=4096)
-def choose_run(rows: int, columns: int, channels: int, multiprocessors: int, rank: int) -> tuple[int, int]:
-    """Tokens of a tile, and how many of the same tokens a block takes one after another: they share their sums."""
+def choose_run(
+    rows: int, columns: int, channels: int, multiprocessors: int, rank: int, cluster: int = 1
+) -> tuple[int, int]:
+    """Tokens of a tile, and how many of the same tokens a block takes one after another: they share their sums.
+
+    In a cluster all blocks take runs of the same length.
+    """
     n_tiles, steps = -(-columns // CHANNELS), -(-channels // CHANNELS)
 
     def cost(choice: tuple[int, int]) -> float:
@@ -67,4 +80,5 @@ def choose_run(rows: int, columns: int, channels: int, multiprocessors: int, ran
 
     largest = _MANY_FINISHERS if rank <= _KEPT_RANK else 128  # registers for the sums
     sizes = [tokens for tokens in _TOKENS if tokens <= largest and tokens % 64 == 0]
-    return min(((tokens, run) for tokens in sizes for run in range(1, n_tiles + 1)), key=cost)
+    runs = [run for run in range(1, n_tiles + 1) if cluster == 1 or n_tiles % (cluster * run) == 0]
+    return min(((tokens, run) for tokens in sizes for run in runs), key=cost)

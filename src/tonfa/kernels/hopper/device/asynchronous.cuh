@@ -35,6 +35,26 @@ __device__ __forceinline__ void load_bulk(uint32_t to, const void* from, int byt
                "r"(bytes), "r"(bar)
                : "memory");
 }
+// Clusters: blocks that write to each other's shared memory, where the same things lie at the same addresses. This orders
+// barriers that were initialized and `barriers_ready`, nothing else that was written.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// At another block's barrier: what this thread has read there and here may be overwritten. Nothing written is handed over,
+// so neither this nor the wait is of cluster scope, which would flush (MEMBAR.ALL.GPU) and invalidate L1 every time.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t bar, int block) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar),
+      "r"(block)
+      : "memory");
+}
+// To all blocks of `blocks` (bits); the bytes arrive on each one's own barrier.
+__device__ __forceinline__ void load_multicast(uint32_t to, const void* from, int bytes, uint32_t bar, int blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(bar), "h"((uint16_t)blocks)
+      : "memory");
+}
 // What was written to shared memory before can be read by wgmma after.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -44,6 +64,11 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 __device__ __forceinline__ void sync_threads(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
+// Of each thread of a warpgroup, out of the block's or back to it.
+template <int N>
+__device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N>
+__device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 // A K-major tile of 128-byte rows, swizzled in atoms of 8 rows.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   return (uint64_t)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
@@ -52,6 +77,16 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
+}
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+// Four matrices of 8 x 8, transposed; the addresses of 8 lanes are the rows of one.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v0), "r"(v1), "r"(v2), "r"(v3)
+               : "memory");
 }
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

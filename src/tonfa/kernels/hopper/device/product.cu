@@ -1,12 +1,15 @@
 // Product of an SVDQuant linear on Hopper: FP8 activations, 4-bit weights expanded to FP8 before, low-rank branch in the
-// same accumulators. Written for NVRTC: no headers but ours. TOKENS, STAGES, THREADS, EPILOGUE and FP16 are
-// defined by the caller, with GELU_QUANTIZE DOWN_RANK too; the wgmma wrappers stand above this text.
+// same accumulators. Written for NVRTC: no headers but ours. TOKENS, STAGES, THREADS, CLUSTER, EPILOGUE and FP16
+// are defined by the caller, with GELU_QUANTIZE DOWN_RANK too; the wgmma wrappers stand above this text.
 //
 // y[m, n] = x_scale[m] * w_scale[n] * (sum_k x[m, k] w[n, k] + sum_r lora[m, r] up[n, r]) + bias[n]
 //
 // The channels are the M of wgmma; a tile is 128 channels (64 for each of two warpgroups) x TOKENS. The two multiply and
 // leave the finished tile in shared memory; one thread loads (TMA), and the warps beside it take the finished tile from
 // there while the next one is multiplied.
+//
+// In a cluster two blocks take adjacent channels of the same tokens. Each loads half of the tokens for both, so that L2
+// gives each of their bytes once for 256 channels, and the weights of its own.
 #include "asynchronous.cuh"
 #include "numbers.cuh"
 #include "product.cuh"
@@ -30,6 +33,25 @@ struct Steps {
         k_steps((a.k + 127) / 128) {}
 };
 
+// A stage is filled by all blocks of the cluster, and can be filled again once it was read in all of them.
+__device__ __forceinline__ void release(uint32_t empty, int lane) {
+  if (CLUSTER > 1) {
+    if (lane < CLUSTER) barrier_arrive_at(empty, lane);
+  } else if (lane == 0) {
+    barrier_arrive(empty);
+  }
+}
+
+// What one of the cluster's blocks brings of `bytes` bytes of all tokens, to each of them: of 8 tokens' scales, the least,
+// 16 bytes.
+__device__ __forceinline__ void load_part(uint32_t to, const void* from, int bytes, uint32_t bar) {
+  const int part = bytes / CLUSTER, first = rank_in_cluster() * part;
+  if (CLUSTER > 1)
+    load_multicast(to + first, (const uint8_t*)from + first, part, bar, (1 << CLUSTER) - 1);
+  else
+    load_bulk(to, from, bytes, bar);
+}
+
 __device__ __forceinline__ void produce(const Product& a, const Shared& shared) {
   const Steps steps(a);
   Ring ring;
@@ -40,16 +62,20 @@ __device__ __forceinline__ void produce(const Product& a, const Shared& shared) 
       barrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
       if (i < 0) {
         barrier_expect(bar, x_bytes);
-        load_bulk(to, a.lora + ((size_t)(steps.first_chunk + i + steps.rank_chunks) * a.m_pad + m0) * 128, x_bytes, bar);
+        load_part(to, a.lora + ((size_t)(steps.first_chunk + i + steps.rank_chunks) * a.m_pad + m0) * 128, x_bytes, bar);
         continue;
       }
       const int scale_bytes = i + 1 == steps.k_steps ? x_bytes / 32 : 0;
       barrier_expect(bar, x_bytes + w_bytes + scale_bytes);
-      load_bulk(to, a.x + ((size_t)i * a.m_pad + m0) * 128, x_bytes, bar);
+      load_part(to, a.x + ((size_t)i * a.m_pad + m0) * 128, x_bytes, bar);
       load_bulk(to + X_BYTES, a.w + ((size_t)i * a.n + n0) * 128, w_bytes, bar);
-      if (scale_bytes) load_bulk(to + X_BYTES + W_BYTES, a.x_scale + m0, scale_bytes, bar);
+      if (scale_bytes) load_part(to + X_BYTES + W_BYTES, a.x_scale + m0, scale_bytes, bar);
     }
   }
+  // A block's memory is its own no longer once all its threads have returned: stay until the others have read all that
+  // they were sent, and have arrived here for the last time.
+  if (CLUSTER > 1)
+    for (int i = 0; i < STAGES; ++i, ring.next()) barrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
 }
 
 __device__ __forceinline__ void multiply(const Product& a, const Shared& shared) {
@@ -96,7 +122,7 @@ __device__ __forceinline__ void multiply(const Product& a, const Shared& shared)
         wgmma_wait<0>();  // fragments that change behind a product that is under way make the assembler serialize all
         accumulate = 1;
       }
-      if (lane == 0) barrier_arrive(shared.empty(ring.stage));
+      release(shared.empty(ring.stage), lane);
     }
     for (int i = 0; i < steps.k_steps; ++i, ring.next()) {
       const uint32_t stage = shared.stage(ring.stage), w = stage + X_BYTES + half * 64 * 128;
@@ -109,18 +135,14 @@ __device__ __forceinline__ void multiply(const Product& a, const Shared& shared)
       }
       wgmma_commit();
       wgmma_wait<1>();
-      if (pending && lane == 0) barrier_arrive(pending);
+      if (pending) release(pending, lane);
       pending = shared.empty(ring.stage);
     }
     wgmma_wait<0>();
 
     const uint32_t scales = shared.stage((ring.stage + STAGES - 1) % STAGES) + X_BYTES + W_BYTES + 8 * quad;
     const uint32_t staged = shared.staged() + half * HALF_BYTES;
-    auto read_scales = [&](int j) {
-      float2 s;
-      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(s.x), "=f"(s.y) : "r"(scales + 32 * j));
-      return s;
-    };
+    auto read_scales = [&](int j) { return load_shared_pair(scales + 32 * j); };
     barrier_wait(shared.taken(), taken);
     taken ^= 1;
 #if DOWN_RANK
@@ -140,16 +162,11 @@ __device__ __forceinline__ void multiply(const Product& a, const Shared& shared)
       const uint32_t v2 = pack(fmaf(y[4] * s1.x, ws0, b0), fmaf(y[5] * s1.y, ws0, b0));
       const uint32_t v3 = pack(fmaf(y[6] * s1.x, ws1, b1), fmaf(y[7] * s1.y, ws1, b1));
       const int matrix = lane / 8, token = 8 * (j + matrix / 2) + lane % 8, chunk = warp4 * 2 + matrix % 2;
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                       staged + token * 128 + ((chunk ^ (token & 7)) * 16)),
-                   "r"(v0), "r"(v1), "r"(v2), "r"(v3)
-                   : "memory");
+      store_transposed(staged + token * 128 + ((chunk ^ (token & 7)) * 16), v0, v1, v2, v3);
     }
     __syncwarp();
-    if (lane == 0) {
-      barrier_arrive(pending);  // the last stage holds the scales
-      barrier_arrive(shared.finished());
-    }
+    release(pending, lane);  // the last stage holds the scales
+    if (lane == 0) barrier_arrive(shared.finished());
   }
 #if DOWN_RANK
   barrier_wait(shared.taken(), taken);
@@ -179,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(shared.full(i), 1);
-      barrier_init(shared.empty(i), 8);
+      barrier_init(shared.empty(i), 8 * CLUSTER);
     }
     barrier_init(shared.finished(), 8);
     barrier_init(shared.taken(), FINISHERS);
@@ -187,17 +204,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     barrier_init(shared.down_full(), 1);
     barriers_ready();
   }
-  __syncthreads();
+  if (CLUSTER > 1)
+    sync_cluster();
+  else
+    __syncthreads();
   earlier_kernels_done();
   next_kernel_may_start();
   // 64 K registers: the sums of a tile of more than 192 tokens leave room for three finishers, else for seven.
   constexpr bool FEW = THREADS == 384;
   if (threadIdx.x >= 128 && threadIdx.x < 384) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(FEW ? 200 : 168));
+    more_registers<FEW ? 200 : 168>();
     multiply(a, shared);
     return;
   }
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW ? 104 : 88));
+  fewer_registers<FEW ? 104 : 88>();
   if (threadIdx.x >= 32)
     finish(a, shared);
   else if (threadIdx.x == 0)

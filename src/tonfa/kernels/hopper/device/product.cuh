@@ -50,26 +50,29 @@ struct Product {
   int m, m_pad, n, k, rank, rank_start, length, heads, gate_stride, run;
 };
 
+__device__ __forceinline__ int rank_in_cluster() { return blockIdx.x % CLUSTER; }
+
 // A block's tiles. A unit is `run` tiles of channels of the same tokens, one after another; units of all tokens for the
-// first channels come first, so blocks that run at the same time share weights.
+// first channels come first, so blocks that run at the same time share weights. The blocks of a cluster take adjacent runs
+// of the same tokens, and so many tiles one as the other: the runs must go into CLUSTER equal parts.
 struct Tiles {
   int m_tiles, n_tiles, run, units, unit, n;
   __device__ __forceinline__ Tiles(const Product& a)
-      : m_tiles((a.m + TOKENS - 1) / TOKENS), n_tiles((a.n + CHANNELS - 1) / CHANNELS), run(a.run), unit(blockIdx.x) {
-    units = m_tiles * ((n_tiles + run - 1) / run);
+      : m_tiles((a.m + TOKENS - 1) / TOKENS), n_tiles((a.n + CHANNELS - 1) / CHANNELS), run(a.run), unit(blockIdx.x / CLUSTER) {
+    units = m_tiles * ((n_tiles + run - 1) / run / CLUSTER);
     n = slot() * run;
   }
   __device__ __forceinline__ bool valid() const { return unit < units; }
   __device__ __forceinline__ bool last_of_unit() const { return n + 1 == min((slot() + 1) * run, n_tiles); }
   __device__ __forceinline__ void next() {
     if (last_of_unit()) {
-      unit += gridDim.x;
+      unit += gridDim.x / CLUSTER;
       n = slot() * run;
     } else {
       ++n;
     }
   }
-  __device__ __forceinline__ int slot() const { return unit / m_tiles; }
+  __device__ __forceinline__ int slot() const { return unit / m_tiles * CLUSTER + rank_in_cluster(); }
   __device__ __forceinline__ int m_tile() const { return unit % m_tiles; }
   __device__ __forceinline__ int m0() const { return m_tile() * TOKENS; }
   __device__ __forceinline__ int n0() const { return n * CHANNELS; }
