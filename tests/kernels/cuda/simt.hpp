@@ -35,55 +35,61 @@ static dim threadIdx, blockIdx, gridDim, blockDim;
 struct Barrier { unsigned arrived = 0, generation = 0; };
 struct Fiber { ucontext_t context; std::vector<char> stack; bool done = false; };
 static std::vector<Fiber> fibers;
+static unsigned current = 0;  // fiber: threads of a block, behind those of the blocks before it that run at the same time
+static unsigned long long meetings = 0;
 static ucontext_t scheduler;
 static std::function<void()> body;
 static bool misaligned = false;
-static Barrier block_barrier, warp_barriers[32];
-static uint64_t exchange[32][32][8];  // of a warp's lanes
+static Barrier block_barrier, warp_barriers[64];
+static uint64_t exchange[64][32][8];  // of a warp's lanes
 
 static void yield_() {
-    const unsigned me = threadIdx.x;
-    swapcontext(&fibers[me].context, &scheduler);
-    threadIdx.x = me;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+static void resume(unsigned fiber) {
+    current = fiber, threadIdx.x = fiber % blockDim.x;
+    swapcontext(&scheduler, &fibers[fiber].context);
 }
 static void meet(Barrier& barrier, unsigned count) {
     const unsigned generation = barrier.generation;
     if (++barrier.arrived == count) {
         barrier.arrived = 0;
-        barrier.generation++;
+        barrier.generation++, meetings++;
         return;
     }
     while (barrier.generation == generation) yield_();
 }
-static void meet_warp() { meet(warp_barriers[threadIdx.x / 32], 32); }
+static void meet_warp() { meet(warp_barriers[current / 32], 32); }
 static void __syncthreads() { meet(block_barrier, blockDim.x); }
 static void enter() {
     body();
-    fibers[threadIdx.x].done = true;
-    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+    fibers[current].done = true;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+static void make_fibers(unsigned count, unsigned stack) {
+    fibers.assign(count, {});
+    for (auto& barrier : warp_barriers) barrier = {};
+    for (auto& fiber : fibers) {
+        fiber.stack.resize(stack);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        makecontext(&fiber.context, enter, 0);
+    }
 }
 static int run_blocks(dim grid, unsigned threads, std::function<void()> kernel) {
     body = kernel, gridDim = grid, blockDim = {threads, 1, 1};
     for (unsigned z = 0; z < grid.z; z++) for (unsigned y = 0; y < grid.y; y++) for (unsigned x = 0; x < grid.x; x++) {
         blockIdx = {x, y, z};
-        fibers.assign(threads, {});
         block_barrier = {};
-        for (auto& barrier : warp_barriers) barrier = {};
-        for (auto& fiber : fibers) {
-            fiber.stack.resize(256 << 10);
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.data();
-            fiber.context.uc_stack.ss_size = fiber.stack.size();
-            makecontext(&fiber.context, enter, 0);
-        }
+        make_fibers(threads, 256 << 10);
         for (unsigned running = threads, round = 0; running > 0; round++) {
             if (round > 10000000) return 1;
             running = 0;
             for (unsigned i = 0; i < threads; i++) {
                 const unsigned t = (round + z + x) % 2 ? threads - 1 - i : i;  // no order to rely on
                 if (fibers[t].done) continue;
-                threadIdx.x = t;
-                swapcontext(&scheduler, &fibers[t].context);
+                resume(t);
                 running += !fibers[t].done;
             }
         }
@@ -112,7 +118,7 @@ static size_t __cvta_generic_to_shared(const void* p) { return size_t(static_cas
 static char* shared(uint32_t address) { return &anchor + int32_t(address); }
 
 template <class V> static V __shfl_xor_sync(unsigned, V value, int mask) {
-    auto& mine = exchange[threadIdx.x / 32];
+    auto& mine = exchange[current / 32];
     memcpy(mine[threadIdx.x % 32], &value, sizeof value);
     meet_warp();
     V other;
@@ -178,7 +184,7 @@ static void cp_async_wait_group(unsigned pending) {
 
 // ---- matrices, from the PTX ISA's fragments
 static void ldmatrix_sync_aligned_m8n8_x4_shared_b16(unsigned& a, unsigned& b, unsigned& c, unsigned& d, unsigned address) {
-    auto& mine = exchange[threadIdx.x / 32];
+    auto& mine = exchange[current / 32];
     const unsigned lane = threadIdx.x % 32;
     mine[lane][0] = address;
     meet_warp();
@@ -191,7 +197,7 @@ static int nibble(uint64_t word, int i, bool is_unsigned) {
     return is_unsigned || value < 8 ? value : value - 16;
 }
 static void multiply_4bit(int* d[4], const unsigned* a, const unsigned* b, const int* c, bool is_unsigned) {
-    auto& mine = exchange[threadIdx.x / 32];
+    auto& mine = exchange[current / 32];
     const unsigned lane = threadIdx.x % 32;
     for (int i = 0; i < 4; i++) mine[lane][i] = a[i];
     for (int i = 0; i < 2; i++) mine[lane][4 + i] = b[i];
@@ -220,7 +226,7 @@ MMA_4BIT(mma_sync_aligned_m16n8k64_row_col_s32_s4_s4_s32, false)
 MMA_4BIT(mma_sync_aligned_m16n8k64_row_col_s32_u4_s4_s32, true)
 
 static void multiply_16bit(float* d[4], const unsigned* a, const unsigned* b, float (*from)(uint16_t)) {
-    auto& mine = exchange[threadIdx.x / 32];
+    auto& mine = exchange[current / 32];
     const unsigned lane = threadIdx.x % 32;
     for (int i = 0; i < 4; i++) mine[lane][i] = a[i];
     for (int i = 0; i < 2; i++) mine[lane][4 + i] = b[i];

@@ -1,14 +1,6 @@
 // Runs the epilogue alone: `w` holds the product (M, N), which a block lays out as its finished tile.
 #include "simt.hpp"
-#include "hopper.hpp"
-static float2 half_pair(uint32_t v) { return {from_fp16(uint16_t(v)), from_fp16(uint16_t(v >> 16))}; }
-static float gelu(float x) { return 0.5f * x * (1 + std::tanh(0.79788456080f * x + 0.035677408136f * x * x * x)); }
-static void atomicMax(uint32_t* p, uint32_t v) { *p = std::max(*p, v); }
-static uint4 load_shared(uint32_t from) {
-  uint4 v;
-  memcpy(&v, shared(from), sizeof v);
-  return v;
-}
+#include "device.hpp"
 #include "product.cuh"
 #include "epilogue.cuh"
 

@@ -1,62 +1,8 @@
-// What the quantizers take from asynchronous.cuh, numbers.cuh and instructions.cuh, on a CPU; include it behind simt.hpp.
+// The barriers and copies of the quantizers, on a CPU; include it behind simt.hpp.
 #pragma once
 #include <map>
 
-static void earlier_kernels_done() {}
-static void next_kernel_may_start() {}
-static float to_float(uint16_t v) { return FP16 ? from_fp16(v) : from_bf16(v); }
-static uint32_t pack(float low, float high) {
-  return FP16 ? uint32_t(to_fp16(high)) << 16 | to_fp16(low) : uint32_t(to_bf16(high)) << 16 | to_bf16(low);
-}
-static void unpack(uint4 v, float (&f)[8]) {
-  const uint32_t u[4] = {v.x, v.y, v.z, v.w};
-  for (int e = 0; e < 8; ++e) f[e] = to_float(uint16_t(u[e / 2] >> 16 * (e % 2)));
-}
-static uint4 packed(const float (&f)[8]) { return {pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7])}; }
-static uint32_t e4m3(float v) {
-  const uint32_t sign = __float_as_uint(v) >> 24 & 0x80;
-  if (v != v) return sign | 0x7f;
-  v = std::fmin(std::fabs(v), 448.f);
-  int exponent;
-  std::frexp(v, &exponent);
-  exponent = v == 0 ? -6 : std::max(exponent - 1, -6);
-  const uint32_t eighths = uint32_t(std::nearbyint(std::ldexp(v, 3 - exponent)));  // 8..16, below 8 if subnormal
-  return sign | (((exponent + 6) << 3) + eighths);
-}
-static uint32_t to_e4m3(float a, float b, float c, float d) { return e4m3(a) | e4m3(b) << 8 | e4m3(c) << 16 | e4m3(d) << 24; }
-static uint32_t from_e4m3(uint16_t pair) {
-  float v[2];
-  for (int i = 0; i < 2; i++) {
-    const uint32_t code = pair >> 8 * i & 0xff, exponent = code >> 3 & 15, eighths = code & 7;
-    const float size = exponent ? std::ldexp(8.f + eighths, int(exponent) - 10) : std::ldexp(float(eighths), -9);
-    v[i] = (code & 0x7f) == 0x7f ? NAN : code & 0x80 ? -size : size;
-  }
-  return pack(v[0], v[1]);
-}
-static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  float* sums[4] = {d, d + 1, d + 2, d + 3};
-  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-  multiply_16bit(sums, a, b, FP16 ? from_fp16 : from_bf16);
-}
-
-static uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-static void __syncwarp() { meet_warp(); }
-static float __shfl_sync(unsigned, float value, int from) {
-  auto& mine = exchange[threadIdx.x / 32];
-  memcpy(mine[threadIdx.x % 32], &value, sizeof value);
-  meet_warp();
-  memcpy(&value, mine[from], sizeof value);
-  meet_warp();
-  return value;
-}
-static uint32_t warp_max(uint32_t v) {
-  auto& mine = exchange[threadIdx.x / 32];
-  mine[threadIdx.x % 32][0] = v;
-  meet_warp();
-  for (int i = 0; i < 32; i++) v = std::max(v, uint32_t(mine[i][0]));
-  meet_warp();
-  return v;
-}
+#include "device.hpp"
 
 // A copy of the copy engine is made when its barrier is waited for; until then its bytes are NaN. A barrier has one copy,
 // or threads that arrive.
