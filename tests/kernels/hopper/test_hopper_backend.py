@@ -101,14 +101,29 @@ def test_tiles_fit_shared_memory(tokens: int, down_rank: int | None) -> None:
     assert tiles.shared_bytes(tokens, down_rank) <= 232_448
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(4608, 12288), (512, 12288), (18432, 12288), (1, 128), (40000, 256)])
-def test_runs_cover_the_channels_and_fill_the_gpu(rows: int, columns: int) -> None:
-    tokens, run = tiles.choose_run(rows, columns, 3072, 132, 32)
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(("rows", "columns"), [(4608, 12288), (512, 12288), (18432, 12288), (1, 256), (40000, 256)])
+def test_runs_cover_the_channels_and_fill_the_gpu(rows: int, columns: int, cluster: int) -> None:
+    tokens, run = tiles.choose_run(rows, columns, 3072, 132, 32, cluster)
     m_tiles, n_tiles = -(-rows // tokens), -(-columns // 128)
+    assert tiles.cluster(columns, 132, run) >= cluster
     units = m_tiles * -(-n_tiles // run)
     waves = -(-units // 132)
     assert 1 <= run <= n_tiles and tokens % 64 == 0
     assert waves * run * tokens * 132 <= 1.35 * max(rows * n_tiles, 132 * 192)
+
+
+@pytest.mark.parametrize(
+    ("columns", "multiprocessors", "run", "expected"),
+    [(9216, 132, 1, 2), (192, 132, 1, 2), (128, 132, 1, 1), (384, 132, 1, 1), (9216, 131, 1, 1), (12288, 132, 9, 1)],
+)
+def test_clusters_where_tiles_go_in_pairs(columns: int, multiprocessors: int, run: int, expected: int) -> None:
+    assert tiles.cluster(columns, multiprocessors, run) == expected
+
+
+@pytest.fixture(params=[1, 2])
+def _clusters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "CLUSTER", request.param)
 
 
 def with_norms(x: QuantizedActivation) -> HopperActivation:
@@ -133,6 +148,57 @@ def test_expand(n: int, k: int, dtype: torch.dtype) -> None:
     expected = values.flatten(1).float().clamp(-448, 448).to(torch.float8_e4m3fn)
     found = layout.unpack_codes(out, n, k)
     assert torch.equal(found.float(), expected.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "hidden"), [(4608, 3072), (4096, 3072), (512, 3072), (1, 256), (300, 256), (4685, 512)])
+def test_clusters_give_the_same(m: int, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, one after another and overlapping: no stage is read too early, none is loaded too early."""
+    ours, three, four = kernels(), make(3 * hidden, hidden, 32), make(4 * hidden, hidden, 32)
+    one, back = make(hidden, hidden, 16, seed=4), make(hidden, 4 * hidden, 32, seed=5)
+    x, wide = rows(m, hidden), rows(m, 4 * hidden)
+    residual, gate = (
+        torch.randn(1, m, hidden, device="cuda").bfloat16(),
+        torch.randn(1, hidden, device="cuda").bfloat16(),
+    )
+    norms = [torch.rand(128, device="cuda").bfloat16() + 0.5 for _ in range(2)]
+    angles = torch.rand(m, 64, device="cuda").repeat_interleave(2, 1) * 6
+    rotary = (angles.cos(), angles.sin())
+    packed = [ours.pack_product(w) for w in (three, four, one, back)]
+    quantized = [ours.quantize(x, ours.pack_input(input_of(w))) for w in (three, four, one)]
+    quantized.append(ours.quantize(wide, ours.pack_input(input_of(back))))
+    known = with_norms(quantized[1])
+    behind = [ours.pack_input(input_of(make(64, 4 * hidden, rank, seed=2))) for rank in (32, 80)]
+    chosen = tiles.choose_run(m, 4 * hidden, hidden, 132, 32, 2)
+    monkeypatch.setattr(tiles, "choose_run", lambda *_: chosen)  # sums of other runs are rounded otherwise
+
+    def step() -> tuple[list[Tensor], list[QuantizedActivation]]:
+        found = [ours.product(q, w) for q, w in zip(quantized, packed, strict=True)]
+        found += ours.product_norm_rope(quantized[0], packed[0], *norms, rotary)
+        found.append(ours.product_gate_residual(quantized[2], packed[2], residual, gate))
+        found.append(ours.product_gate_residual(quantized[3], packed[3], residual, gate))
+        return found, [ours.product_gelu_quantize(known, packed[1], following) for following in behind]
+
+    def check(found: tuple[list[Tensor], list[QuantizedActivation]]) -> None:
+        for part, expected in zip(found[0], alone[0], strict=True):
+            assert torch.equal(part, expected)
+        for activation, expected in zip(found[1], alone[1], strict=True):
+            mine, theirs = plain(activation), plain(expected)
+            assert torch.equal(mine.codes.view(torch.uint8), theirs.codes.view(torch.uint8))
+            assert mine.scales is not None and theirs.scales is not None and torch.equal(mine.scales, theirs.scales)
+            assert mine.lowrank is not None and theirs.lowrank is not None and torch.equal(mine.lowrank, theirs.lowrank)
+
+    monkeypatch.setattr(tiles, "CLUSTER", 1)
+    alone = step()
+    monkeypatch.setattr(tiles, "CLUSTER", 2)
+    for _ in range(5):
+        check(step())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(5):
+        graph.replay()
+        check(captured)
 
 
 @pytest.mark.gpu
@@ -269,6 +335,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_clusters")
 @pytest.mark.parametrize(("m", "n", "k", "rank"), FLUX + ODD)
 def test_product(m: int, n: int, k: int, rank: int) -> None:
     w, x = make(n, k, rank), rows(m, k)
@@ -282,6 +349,7 @@ def test_product(m: int, n: int, k: int, rank: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_clusters")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "length", "heads", "k"), [(1, 4608, 24, 3072), (2, 35, 2, 256)])
 def test_product_norm_rope(batch: int, length: int, heads: int, k: int, dtype: torch.dtype) -> None:
@@ -298,6 +366,7 @@ def test_product_norm_rope(batch: int, length: int, heads: int, k: int, dtype: t
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_clusters")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "lengths", "heads", "k"),
@@ -366,6 +435,7 @@ def test_quantize_fp8(batch: int, length: int, k: int, rank: int, dtype: torch.d
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_clusters")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 16, 32, 64, 80])
 @pytest.mark.parametrize(("m", "hidden", "inner"), [(4608, 3072, 12288), (77, 256, 1024), (300, 192, 1152)])
@@ -395,6 +465,7 @@ def test_product_gelu_quantize(m: int, hidden: int, inner: int, rank: int, dtype
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_clusters")
 @pytest.mark.parametrize(
     ("batch", "length", "n", "k"), [(1, 4608, 3072, 3072), (1, 4608, 3072, 12288), (3, 29, 256, 1024), (2, 7, 72, 64)]
 )
@@ -410,6 +481,7 @@ def test_product_gate_residual(batch: int, length: int, n: int, k: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_clusters")
 def test_shared_input_takes_its_own_columns() -> None:
     first, second = make(128, 256, 32), make(192, 256, 48, seed=3)
     ours, theirs = kernels(), kernels("reference")
