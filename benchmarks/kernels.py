@@ -1,7 +1,8 @@
-"""Every kernel of the Triton backend at FLUX.1's shapes, and Hopper's quantizers, against torch and plain copies.
+"""Every kernel of the Triton backend at FLUX.1's shapes, Hopper's quantizers and products, against torch and copies.
 
     python benchmarks/kernels.py                       all of them
     python benchmarks/kernels.py --only expand product --dry-run
+    python benchmarks/kernels.py --only hopper-product         in clusters of two blocks, and alone
     python benchmarks/kernels.py --tune 4608,3072,12288 ...    every tile for a product (M,N,K); prints, records nothing
 
 Calls are captured in a CUDA graph, ten at a time on inputs that rotate, so that the host's time is not in the figures.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,7 +27,11 @@ from tonfa.bench.protocol import Timing, append, interleaved, record, results_fi
 from tonfa.formats import GROUP_SIZE
 from tonfa.kernels.hopper import inputs as hopper_inputs
 from tonfa.kernels.hopper import layout as hopper_layout
+from tonfa.kernels.hopper import packed_product as hopper_packed
+from tonfa.kernels.hopper import product as hopper_product
 from tonfa.kernels.hopper import quantize as hopper_quantize
+from tonfa.kernels.hopper import tiles as hopper_tiles
+from tonfa.kernels.hopper.product_norm_rope import product_norm_rope as hopper_norm_rope
 from tonfa.kernels.triton import product as triton_product
 from tonfa.kernels.triton import tiles
 from tonfa.kernels.triton.attention import attention
@@ -222,6 +228,48 @@ def hopper_values(x: Any) -> Tensor:
     return hopper_layout.unpack_codes(x.codes, x.rows, x.channels).float() * x.scales[:, None]
 
 
+def in_clusters_of(blocks: int, call: Call) -> Call:
+    def run() -> Any:
+        with mock.patch.object(hopper_tiles, "CLUSTER", blocks):
+            return call()
+
+    return run
+
+
+def hopper_product_cases() -> Iterator[Case]:
+    """Each layer's own epilogue, weights expanded before; beside it the same by blocks that load alone."""
+    for m, n, k in PRODUCTS:
+        w = random_layer(n, k)
+        packed = hopper_packed.pack_product_expanded(w)
+        quantizer = hopper_inputs.pack_input(InputWeights(w.smooth_factor, w.proj_down, w.unsigned, "fp8"))
+        inputs: list[Any] = [hopper_quantize.quantize(outlier_input(m, k), quantizer) for _ in range(2)]
+        x = inputs[0]
+        lowrank = hopper_layout.unpack_lowrank(x.lowrank, m, RANK).float() * x.scales[:, None]
+        codes = hopper_layout.unpack_codes(x.codes, m, k)
+        exact = product_op.reference(QuantizedActivation(codes, x.scales[:, None], lowrank, x.dtype), w, "fp8")
+        error = off(hopper_product.product(x, packed), exact)
+        op, calls = hopper_epilogue(inputs, packed, m, n)
+        clusters = [in_clusters_of(2, call) for call in calls]
+        alone = {"alone": [in_clusters_of(1, call) for call in calls]}
+        shape, flop = {"m": m, "n": n, "k": k, "rank": RANK}, 2.0 * m * n * (k + RANK)
+        yield Case(f"hopper-{op}", shape, clusters, alone, flop, error=error, backend="hopper")
+
+
+def hopper_epilogue(inputs: list[Any], packed: hopper_packed.PackedProduct, m: int, n: int) -> tuple[str, list[Call]]:
+    """The product that FLUX has at a layer of `n` channels."""
+    if n == 3 * HIDDEN:
+        angles = torch.rand(m, 64, device=CUDA).repeat_interleave(2, dim=1)
+        norms, rotary = (random(128), random(128)), (angles.cos(), angles.sin())
+        return "product-norm-rope", [partial(hopper_norm_rope, x, packed, *norms, rotary) for x in inputs]
+    if n == 4 * HIDDEN:
+        following = hopper_inputs.pack_input(random_input(n, RANK, "fp8"))
+        call = partial(hopper_product.product_gelu_quantize, w=packed, following=following)
+        return "product-gelu-quantize", [partial(call, x) for x in inputs]
+    residual, gate = random(1, m, n), random(1, n)
+    call = partial(hopper_product.product_gate_residual, w=packed, residual=residual, gate=gate)
+    return "product-gate-residual", [partial(call, x) for x in inputs]
+
+
 def random_input(k: int, rank: int, policy: Activations) -> InputWeights:
     smooth = (torch.rand(k, device=CUDA) + 0.5).bfloat16()
     return InputWeights(smooth, random(k, rank) / k**0.5, False, policy)
@@ -331,6 +379,7 @@ def main() -> None:
         "product": product_cases,
         "quantize": quantize_cases,
         "hopper-quantize": lambda policy: hopper_quantize_cases(),
+        "hopper-product": lambda policy: hopper_product_cases(),
         "w4a16": lambda policy: w4a16_cases(),
         "attention": lambda policy: attention_cases(),
     }
