@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def _graph(variant: Variant, handle: Any) -> tuple[Any, list[Any], list[Any]]:
     return graph, inputs, outputs
 
 
-def _microseconds(variant: Variant, graph: Any, inputs: list[Any], outputs: list[Any], handle: Any) -> float:
+def _call(variant: Variant, graph: Any, inputs: list[Any], outputs: list[Any], handle: Any) -> Callable[[], None]:
+    """A call of the graph, on buffers of its own."""
     data_type = torch.float8_e4m3fn if variant.eight_bit else torch.bfloat16
 
     # An input or output is an operand, statistics of the rows, or one number.
@@ -126,14 +128,26 @@ def _microseconds(variant: Variant, graph: Any, inputs: list[Any], outputs: list
 
     buffers = {tensor.get_uid(): buffer(tensor) for tensor in (*inputs, *outputs)}
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
+    return lambda: graph.execute(buffers, workspace, handle=handle)
+
+
+def _microseconds(call: Callable[[], None]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for run in range(RUNS + 5):
         if run == 5:
             begin.record()
-        graph.execute(buffers, workspace, handle=handle)
+        call()
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) * 1e3 / RUNS
+
+
+def _memsets(call: Callable[[], None]) -> int:
+    """How often memory is set in front of the kernel: maxima that it gathers, perhaps a counter of tiles."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("Memset"))
 
 
 def _try(variant: Variant, handle: Any) -> str:
@@ -155,11 +169,13 @@ def _try(variant: Variant, handle: Any) -> str:
         except Exception as error:  # whatever it is, it is what is asked for
             return f"FAILED in {stage}: {type(error).__name__}: {error}"
     took = time.perf_counter() - started
-    time_us = _microseconds(variant, graph, inputs, outputs, handle)
+    call = _call(variant, graph, inputs, outputs, handle)
+    time_us, memsets = _microseconds(call), _memsets(call)
     name = graph.get_plan_name_at_index(0)
     count = graph.get_execution_plan_count()
     return (
-        f"OK {time_us:.0f} us, the first of {count} plans is {name}, {graph.get_workspace_size()} bytes, {took:.1f} s"
+        f"OK {time_us:.0f} us, memory set {memsets} times, the first of {count} plans is {name}, "
+        f"{graph.get_workspace_size()} bytes, {took:.1f} s"
     )
 
 
