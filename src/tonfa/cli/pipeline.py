@@ -201,10 +201,10 @@ def describe_transformer(transformer: Any, placement: Placement) -> str:
     """Precision, activation policy and backend, for people."""
     if type(transformer).__name__ != "SVDQFluxTransformer2DModel":
         return f"{str(placement.dtype).removeprefix('torch.')}, not quantized"
-    from tonfa.dispatch import bind, default_activations
+    from tonfa.dispatch import bind, default_activations, resolve_attention
     from tonfa.ops.table import DEFAULT_ATTENTION
 
-    attention = placement.attention or DEFAULT_ATTENTION
+    attention = resolve_attention(placement.device, placement.attention or DEFAULT_ATTENTION)
     activations = placement.activations or default_activations(placement.device)
     backend = bind(placement.device, activations).backend
     rank = transformer.config.quantization_config["rank"]
