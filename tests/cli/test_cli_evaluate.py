@@ -113,6 +113,7 @@ def test_text_to_image(tonfa, text_pipeline: Path, tmp_path: Path) -> None:
         (("--height", 100), 2, "100 is no positive multiple of 16"),
         (("--samples", 0), 2, "--samples"),
         (("--seed", -1), 2, "--seed"),
+        (("--seed", 2**63), 2, "seeds are below 2**63"),
         (("--batch-size", 0), 2, "--batch-size"),
         (("--max-sequence-length", 513), 2, "--max-sequence-length"),
         (("--sheet", "s.txt"), 2, "the name must end with .png"),

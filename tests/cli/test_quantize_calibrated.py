@@ -317,6 +317,8 @@ def test_what_belongs_together(tonfa, depth_pipeline: Path, tmp_path: Path) -> N
     assert offload.exit_code == 2 and "nothing to offload to" in offload.stderr
     odd = tonfa("quantize", depth_pipeline, *out, "--calibrate", "default", "--size", 100)
     assert odd.exit_code == 2 and "multiple of 16" in odd.stderr
+    large = tonfa("quantize", depth_pipeline, *out, "--calibrate", "default", "--seed", 2**63)
+    assert large.exit_code == 2 and "seeds are below 2**63" in large.stderr
     wide = tonfa("quantize", depth_pipeline, *out, "--calibrate", "default", *SMALL[:-1], 256)
     assert wide.exit_code == 1 and "rank 256 exceeds the smaller side" in wide.stderr
     assert not list(tmp_path.glob("q*"))

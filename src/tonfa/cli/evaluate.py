@@ -19,6 +19,7 @@ from tonfa.cli.options import (
     ActivationsOption,
     DeviceOption,
     DtypeOption,
+    check_seed,
     choose_guidance,
     parse_device,
     parse_dtype,
@@ -98,6 +99,7 @@ def evaluate(
     """
     if (lpips_backbone is None) != (lpips_heads is None):
         raise typer.BadParameter("give both or none", param_hint="--lpips-backbone / --lpips-heads")
+    check_seed(seed, samples or 1)
     check_side(height, "--height")
     check_side(width, "--width")
     if sheet is not None and sheet.suffix.lower() != ".png":
