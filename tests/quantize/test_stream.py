@@ -199,11 +199,27 @@ def interrupted(dense: Path, tmp_path: Path) -> Path:
     return out
 
 
+def test_two_runs_at_a_time_do_not_mix(dense: Path, tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    refused = []
+
+    def progress(linear: str, done: int, total: int) -> None:
+        if done in (1, total):
+            for options in ({}, {"recipe": Recipe(16, 1, seed=1)}, {"overwrite": True}):
+                with pytest.raises(CheckpointError, match=r"out\.partial: another run is at work in it"):
+                    quantize(dense, tmp_path / "out", **options)
+                refused.append(done)
+
+    report = quantize(dense, tmp_path / "out", progress=progress)
+    assert len(refused) == 6 and report.resumed == 0
+    made = TensorFolder(tmp_path / "out")
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize(
     ("options", "changed"),
     [
-        ({"recipe": Recipe(32, 1)}, "another recipe, model "),
-        ({"recipe": Recipe(16, 1, seed=1)}, "another recipe, model "),
+        ({"recipe": Recipe(32, 1)}, "another recipe is"),
+        ({"recipe": Recipe(16, 1, seed=1)}, "another recipe is"),
         ({"dtype": torch.float16}, "another dtype "),
         ({"max_shard_size": "500KB"}, "another shard size "),
     ],
