@@ -75,6 +75,8 @@ class Facts:
 
     takes_control: bool
     is_quantized: bool
+    config: Mapping[str, Any]
+    """The transformer's."""
 
 
 def examine(model: str, transformer: str | None) -> Facts:
@@ -100,7 +102,8 @@ def examine(model: str, transformer: str | None) -> Facts:
     if config is None:
         raise CheckpointError(f"{transformer or model}: it has no config.json of a transformer")
     # Nunchaku's folders do not say of themselves that they are quantized; nothing else is taken as --transformer.
-    return Facts(takes_control(config), transformer is not None or config.get("quantization_config") is not None)
+    quantized = transformer is not None or config.get("quantization_config") is not None
+    return Facts(takes_control(config), quantized, config)
 
 
 def takes_control(config: Mapping[str, Any]) -> bool:
