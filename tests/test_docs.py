@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu-zen4.jsonl"
 METHOD = (ROOT / "docs" / "method.md").read_text()
+RECIPES, RANKS = METHOD.split("## Error against rank")
 
 
 def test_script_for_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def errors(size: int, rank: int, seed: int, kind: str = "geomean") -> dict[tuple
     ],
 )
 def test_table_of_the_method_is_that_of_the_records(row: str, key: tuple[str, str]) -> None:
-    (rest,) = re.findall(rf"^\| {re.escape(row)} \|(.*)\|$", METHOD, re.MULTILINE)
+    (rest,) = re.findall(rf"^\| {re.escape(row)} \|(.*)\|$", RECIPES, re.MULTILINE)
     _, values, ratios = (re.findall(r"\d[\d.]*", cell) for cell in rest.split("|"))
     for seed in (0, 1):
         found = errors(1536, 32, seed)
@@ -92,3 +93,6 @@ def test_figure_is_drawn_from_the_records(monkeypatch: pytest.MonkeyPatch) -> No
         assert list(curve) == [16, 32, 64, 128]
         assert all(error == errors(768, rank, 0)[series.variant, series.activations] for rank, error in curve.items())
     assert rank_figure.draw(curves, 768) == (ROOT / "docs" / "error-against-rank.svg").read_text()
+    for series, curve in curves.items():
+        (rest,) = re.findall(rf"^\| {re.escape(series.label)} \|(.*)\|$", RANKS, re.MULTILINE)
+        assert [float(cell) for cell in rest.split("|")] == [round(error, 4) for error in curve.values()]

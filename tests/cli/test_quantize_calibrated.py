@@ -308,7 +308,13 @@ def test_control_images_give_the_size(tonfa, depth_pipeline: Path, prompts: Path
 
 def test_what_belongs_together(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "q")
-    for option in (("--samples", 8), ("--sequential",), ("--control-images", "default"), ("--force",)):
+    for option in (
+        ("--samples", 8),
+        ("--sequential",),
+        ("--guidance", 0),
+        ("--control-images", "default"),
+        ("--force",),
+    ):
         result = tonfa("quantize", depth_pipeline, *out, *option)
         assert result.exit_code == 2 and "belongs to --calibrate" in result.stderr
     alone = tonfa("quantize", depth_pipeline / "transformer", *out, "--calibrate", "default")

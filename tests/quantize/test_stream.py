@@ -341,7 +341,7 @@ def test_too_little_space_is_noticed_before_the_work(
 ) -> None:
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
     source = CountingSource(dense)
-    with pytest.raises(CheckpointError, match=r"0\.00 GB are free; free some space"):
+    with pytest.raises(CheckpointError, match=r"\d\.\d MB have to be written and 2\.0 MB are free; free some space"):
         quantize(dense, tmp_path / "out", source=source)
     assert source.reads == []
 

@@ -206,7 +206,7 @@ def _check_placement(subfolder: str, offload: bool, place: torch.device) -> None
 def _refuse_without_calibration(*values: object) -> None:
     names = ("control-images", "samples", "steps", "guidance", "size", "sequential", "offload", "force")
     for name, value in zip(names, values, strict=True):
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise typer.BadParameter("it belongs to --calibrate, which was not given", param_hint=f"--{name}")
 
 

@@ -86,7 +86,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _DISK_MARGIN:
         raise CheckpointError(
-            f"{folder}: {needed / 1e9:.2f} GB have to be written and {free / 1e9:.2f} GB are free; "
+            f"{folder}: {needed / 1e6:.1f} MB have to be written and {free / 1e6:.1f} MB are free; "
             "free some space or choose another disk"
         )
 
