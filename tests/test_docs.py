@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,56 @@ def test_ratios_of_the_rotation_are_those_of_the_records(block: int, inputs: str
             found = errors(768, 32, seed, kind)
             relative = found[f"rotation-{block}", activations] / found["rotation-none", activations]
             assert math.isclose(ratio, relative, abs_tol=6e-4)
+
+
+OWN_INPUTS = {"float32": "none", "nf4-weight-only": "none", "int8-w8a8": "int8"}
+
+
+def velocities(model: str, activations: str = "int4") -> dict[str, dict[str, Any]]:
+    """The latest records of `recipes.py` by variant, of checkpoints those with these activations."""
+    lines = [json.loads(text) for text in RESULTS.read_text().splitlines()]
+    case = {"kind": "velocity", "model": model, "steps": 8, "samples": 8}
+    return {
+        line["variant"]: line
+        for line in lines
+        if {**case, "activations": OWN_INPUTS.get(line["variant"], activations)}.items() <= line["case"].items()
+    }
+
+
+MODELS = ("demo/model", "out/demo-outliers")
+
+
+@pytest.mark.parametrize(
+    ("row", "variant"),
+    [
+        ("round to nearest, W4A4", "rtn"),
+        ("weights alone in NF4", "nf4-weight-only"),
+        ("W8A8", "int8-w8a8"),
+        ("`svdquant` without data", "svdquant-data-free"),
+        ("`tonfa` without data", "tonfa-data-free"),
+        ("`svdquant`, calibrated", "svdquant"),
+        ("`svdquant-gptq`, calibrated", "svdquant-gptq"),
+        ("**`tonfa`, calibrated**", "tonfa"),
+    ],
+)
+def test_velocity_errors_of_the_readme_are_those_of_the_records(row: str, variant: str) -> None:
+    (rest,) = re.findall(rf"^\| {re.escape(row)} \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    found = [float(value) for value in re.findall(r"\d[\d.]*", rest)]
+    assert found == [round(velocities(model)[variant]["value"], 3) for model in MODELS]
+
+
+def test_velocity_errors_of_the_evaluation_are_those_of_the_records() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w-]+)`[\w ]* \| (\d[\d.]* \| \d[\d.]*) \|$", text, re.MULTILINE))
+    known = [velocities(model) for model in MODELS]
+    assert rows.keys() == known[1].keys() <= known[0].keys()
+    for variant, values in rows.items():
+        assert [float(value) for value in values.split(" | ")] == [round(k[variant]["value"], 4) for k in known]
+    ratios = re.findall(r"(\d\.\d+) \[(\d\.\d+), (\d\.\d+)\]", text)
+    for ratio, k in zip(ratios, known, strict=True):
+        tonfa = k["tonfa"]
+        expected = (tonfa["ratios"]["svdquant"], *tonfa["settings"]["ratio_intervals"]["svdquant"])
+        assert [float(value) for value in ratio] == [round(value, 3) for value in expected]
 
 
 def test_figure_is_drawn_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
