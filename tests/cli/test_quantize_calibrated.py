@@ -351,12 +351,21 @@ def test_numbers_that_went_bad_are_named(
     assert "Traceback" not in result.stderr and not (tmp_path / "q").exists()
 
 
+FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+
+
 @pytest.mark.parametrize(
-    ("where", "message"),
+    ("where", "error", "message"),
     [
-        ("draw", "out of GPU memory while drawing the calibration's pictures; add --offload, or lower --size"),
-        ("walk", "out of GPU memory while running transformer_blocks.0"),
-        ("solve", "out of GPU memory while solving for transformer_blocks.0.norm1.linear"),
+        (
+            "draw",
+            FULL_GPU,
+            "out of GPU memory while drawing the calibration's pictures; add --offload, or lower --size",
+        ),
+        ("draw", MemoryError(), "out of memory while drawing the calibration's pictures; lower --size"),
+        ("walk", FULL_GPU, "out of GPU memory while running transformer_blocks.0"),
+        ("solve", FULL_GPU, "while solving for transformer_blocks.0.norm1.linear; choose --device cpu"),
+        ("solve", MemoryError(), "while solving for transformer_blocks.0.norm1.linear; free some"),
     ],
 )
 def test_out_of_memory_names_stage_and_remedy(
@@ -366,12 +375,13 @@ def test_out_of_memory_names_stage_and_remedy(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
+    error: BaseException,
     message: str,
 ) -> None:
     from tonfa.models.flux.walk import FluxWalk
 
     def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+        raise error
 
     target = {"draw": (flux_calibration, "draw"), "walk": (FluxWalk, "_step"), "solve": (build, "quantize_planned")}
     monkeypatch.setattr(*target[where], full)
