@@ -133,6 +133,16 @@ def test_velocity_errors_of_the_evaluation_are_those_of_the_records() -> None:
         assert [float(value) for value in ratio] == [round(value, 3) for value in expected]
 
 
+def test_velocity_errors_of_the_calibration_are_those_of_the_records() -> None:
+    text = (ROOT / "docs" / "calibration.md").read_text()
+    rows = re.findall(r"^\| [^|]*\(`([\w-]+)`\) \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 13
+    for variant, rest in rows:
+        for activations, cell in zip(("int4", "int8", "fp8", "none"), rest.split("|"), strict=True):
+            if cell.strip():
+                assert float(cell) == round(velocities("demo/model", activations)[variant]["value"], 3)
+
+
 def test_figure_is_drawn_from_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delitem(sys.modules, "rank_figure", raising=False)
