@@ -34,6 +34,8 @@ class Series:
 
 SERIES = (
     Series("rtn", "int4", "rounding alone", "#6e7781", "2 4"),
+    Series("nf4-weight-only", "none", "NF4 weights, 16-bit inputs", "#6e7781", "6 3 2 3"),
+    Series("int8-w8a8", "int8", "INT8 weights and inputs", "#6e7781", "1 3"),
     Series("svdquant-data-free", "int4", "SVDQuant, no data", "#9a6700", "7 4"),
     Series("tonfa-data-free", "int4", "tonfa, no data", "#1a7f37", "7 4"),
     Series("svdquant", "int4", "SVDQuant, the paper's", "#9a6700"),
@@ -41,8 +43,10 @@ SERIES = (
     Series("tonfa", "int4", "tonfa", "#1a7f37"),
     Series("tonfa", "fp8", "tonfa, FP8 activations", "#0969da"),
 )
-WIDTH, HEIGHT = 760, 440
-LEFT, RIGHT, TOP, BOTTOM = 60, 190, 30, 50
+WITHOUT_BRANCH = ("rtn", "nf4-weight-only", "int8-w8a8")
+"""Level lines: nothing in them has a rank."""
+WIDTH, HEIGHT = 780, 440
+LEFT, RIGHT, TOP, BOTTOM = 60, 210, 30, 50
 LABEL_GAP = 15
 
 
@@ -112,7 +116,7 @@ def draw(curves: dict[Series, dict[int, float]], size: int) -> str:
         path = " ".join(f"{axes.x(rank):.1f},{axes.y(error):.1f}" for rank, error in curve.items())
         dashes = f' stroke-dasharray="{series.dashes}"' if series.dashes else ""
         parts.append(f'<polyline points="{path}" fill="none" stroke="{series.color}" stroke-width="2"{dashes}/>')
-        if series.variant != "rtn":
+        if series.variant not in WITHOUT_BRANCH:
             parts += [
                 f'<circle cx="{axes.x(rank):.1f}" cy="{axes.y(error):.1f}" r="3" fill="{series.color}"/>'
                 for rank, error in curve.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import warnings
@@ -108,6 +109,21 @@ def test_commands_exist_with_these_options(command: list[str], monkeypatch: pyte
     text = CliRunner().invoke(app, [command[1], "--help"]).stdout
     options = [word for word in command if word.startswith("--")]
     assert options and all(re.search(rf"{option}\b", text) for option in options)
+
+
+def test_prompts_that_commands_read_are_there_or_made_before() -> None:
+    made: list[Path] = []
+    read = 0
+    for block in blocks("sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            options = dict(itertools.pairwise(words))
+            if prompts := options.get("--prompts"):
+                read += 1
+                assert (ROOT / prompts).exists() or Path(prompts).parent in made, prompts
+            if "--out" in options:
+                made.append(Path(options["--out"]))
+    assert read
 
 
 def test_make_targets_exist() -> None:

@@ -55,7 +55,7 @@ def test_debug_shows_the_traceback(tonfa) -> None:
     quiet = tonfa("doctor", "--device", "cuda:99")
     assert quiet.exit_code == 1 and quiet.stderr.startswith("error: ") and "Traceback" not in quiet.stderr
     assert quiet.stderr.count("\n") == 1
-    command = [sys.executable, "-m", "tonfa.cli", "doctor", "--device", "cuda:99"]
+    command = [sys.executable, "-m", "tonfa", "doctor", "--device", "cuda:99"]
     loud = subprocess.run([*command, "--debug"], capture_output=True, text=True, check=False)
     assert loud.returncode == 1 and "Traceback" in loud.stderr and "UnsupportedError" in loud.stderr
 

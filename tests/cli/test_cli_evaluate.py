@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from tiny_models import save_random_lpips
+from tonfa.cli.evaluate_tables import short_names
 
 SHORT = ("--steps", 2, "--max-sequence-length", 16, "--device", "cpu", "--guidance", 4)
 
@@ -113,6 +115,7 @@ def test_text_to_image(tonfa, text_pipeline: Path, tmp_path: Path) -> None:
         (("--height", 100), 2, "100 is no positive multiple of 16"),
         (("--samples", 0), 2, "--samples"),
         (("--seed", -1), 2, "--seed"),
+        (("--seed", 2**63), 2, "seeds are below 2**63"),
         (("--batch-size", 0), 2, "--batch-size"),
         (("--max-sequence-length", 513), 2, "--max-sequence-length"),
         (("--sheet", "s.txt"), 2, "the name must end with .png"),
@@ -163,12 +166,32 @@ def test_models_and_prompts_that_do_not_belong_together(
     assert "the model reads no control images; leave that of 'a cat' out" in run(text_pipeline, own)
     assert "no --transformer is quantized" in run(text_pipeline, own, "--activations", "int8", file=plain)
     assert "has no model_index.json" in run(own, own, file=plain)
+    for changed, message in (
+        ({"joint_attention_dim": 48}, "other has joint_attention_dim 48, the reference 32"),
+        ({"guidance_embeds": False}, "other has guidance_embeds False, the reference True"),
+        ({"num_single_layers": 7}, "num_single_layers 7, the reference 1; add --no-layers to compare the rest"),
+    ):
+        other = shutil.copytree(depth_pipeline / "transformer", tmp_path / "other", dirs_exist_ok=True)
+        config = json.loads((depth_pipeline / "transformer" / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | changed))
+        assert message in run(depth_pipeline, other)
+        if "num_single_layers" not in changed:
+            refused = run(depth_pipeline, checkpoint, "--reference", other)
+            assert "the pipeline's own transformer" in refused and "--reference: " in refused
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "config.json" in run(depth_pipeline, empty)
     assert "the prompts name control images of their own" in run(
         depth_pipeline, checkpoint, "--control-images", prompts.parent
     )
+
+
+def test_names_are_short_where_they_differ() -> None:
+    def short(*paths: str) -> list[str]:
+        return short_names([SimpleNamespace(name=path) for path in paths])
+
+    assert short("a/first", "a/second") == ["first", "second"]
+    assert short("a/transformer", "b/transformer", "c/other") == ["a/transformer", "b/transformer", "c/other"]
 
 
 def test_interrupted_writes_nothing(

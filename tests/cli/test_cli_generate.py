@@ -40,7 +40,7 @@ def test_picture_with_a_4_bit_transformer(
     results = [tonfa(*command, "--output", tmp_path / f"{i}.png") for i in range(2)]
     assert [r.exit_code for r in results] == [0, 0], results[0].output
     assert results[0].stdout == f"{tmp_path / '0.png'}\n"
-    assert "4-bit weights and a rank-32 branch, int8 activations" in results[0].stderr
+    assert "4-bit weights and a rank-32 branch, int8 activations, sdpa attention" in results[0].stderr
     assert "FluxControlPipeline" in results[0].stderr and "a step" in results[0].stderr
     picture = pixels(tmp_path / "0.png")
     assert picture.shape == (48, 64, 3) and picture.std() > 1

@@ -164,7 +164,7 @@ def test_interrupted_then_repeated(
 def test_control_c_in_a_real_run(depth_pipeline: Path, tmp_path: Path) -> None:
     arguments = ["quantize", str(depth_pipeline), "--out", str(tmp_path / "q"), "--iterations", "1000000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tonfa.cli", *arguments],
+        [sys.executable, "-m", "tonfa", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -308,7 +308,13 @@ def test_control_images_give_the_size(tonfa, depth_pipeline: Path, prompts: Path
 
 def test_what_belongs_together(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "q")
-    for option in (("--samples", 8), ("--sequential",), ("--control-images", "default"), ("--force",)):
+    for option in (
+        ("--samples", 8),
+        ("--sequential",),
+        ("--guidance", 0),
+        ("--control-images", "default"),
+        ("--force",),
+    ):
         result = tonfa("quantize", depth_pipeline, *out, *option)
         assert result.exit_code == 2 and "belongs to --calibrate" in result.stderr
     alone = tonfa("quantize", depth_pipeline / "transformer", *out, "--calibrate", "default")
@@ -317,6 +323,8 @@ def test_what_belongs_together(tonfa, depth_pipeline: Path, tmp_path: Path) -> N
     assert offload.exit_code == 2 and "nothing to offload to" in offload.stderr
     odd = tonfa("quantize", depth_pipeline, *out, "--calibrate", "default", "--size", 100)
     assert odd.exit_code == 2 and "multiple of 16" in odd.stderr
+    large = tonfa("quantize", depth_pipeline, *out, "--calibrate", "default", "--seed", 2**63)
+    assert large.exit_code == 2 and "seeds are below 2**63" in large.stderr
     wide = tonfa("quantize", depth_pipeline, *out, "--calibrate", "default", *SMALL[:-1], 256)
     assert wide.exit_code == 1 and "rank 256 exceeds the smaller side" in wide.stderr
     assert not list(tmp_path.glob("q*"))
@@ -343,12 +351,21 @@ def test_numbers_that_went_bad_are_named(
     assert "Traceback" not in result.stderr and not (tmp_path / "q").exists()
 
 
+FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+
+
 @pytest.mark.parametrize(
-    ("where", "message"),
+    ("where", "error", "message"),
     [
-        ("draw", "out of GPU memory while drawing the calibration's pictures; add --offload, or lower --size"),
-        ("walk", "out of GPU memory while running transformer_blocks.0"),
-        ("solve", "out of GPU memory while solving for transformer_blocks.0.norm1.linear"),
+        (
+            "draw",
+            FULL_GPU,
+            "out of GPU memory while drawing the calibration's pictures; add --offload, or lower --size",
+        ),
+        ("draw", MemoryError(), "out of memory while drawing the calibration's pictures; lower --size"),
+        ("walk", FULL_GPU, "out of GPU memory while running transformer_blocks.0"),
+        ("solve", FULL_GPU, "while solving for transformer_blocks.0.norm1.linear; choose --device cpu"),
+        ("solve", MemoryError(), "while solving for transformer_blocks.0.norm1.linear; free some"),
     ],
 )
 def test_out_of_memory_names_stage_and_remedy(
@@ -358,12 +375,13 @@ def test_out_of_memory_names_stage_and_remedy(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
+    error: BaseException,
     message: str,
 ) -> None:
     from tonfa.models.flux.walk import FluxWalk
 
     def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+        raise error
 
     target = {"draw": (flux_calibration, "draw"), "walk": (FluxWalk, "_step"), "solve": (build, "quantize_planned")}
     monkeypatch.setattr(*target[where], full)

@@ -247,6 +247,9 @@ def test_linears_that_are_read_without_a_call_are_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(64, 1))
     with pytest.raises(FormatError, match=r"0\.out_proj: its owner reads its weight"):
         tonfa.quantize(model, Plan((".*",)), recipe=RECIPE)
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(64, 1, 64))
+    with pytest.raises(FormatError, match=r"0\.linear1: its owner reads its weight"):
+        tonfa.quantize(encoder, Plan((r".*\.linear[12]",)), recipe=RECIPE)
 
 
 def spoil_weight(model: nn.Module, samples: list[tuple[tuple[Tensor, ...], dict[str, object]]]) -> None:
@@ -297,6 +300,11 @@ def test_sharing_that_is_not_so_is_refused(dense: nn.Module) -> None:
     [
         (lambda: Plan(()), "include must"),
         (lambda: Plan("a.*"), "include must"),
+        (lambda: Plan((3,)), "3 is no pattern"),
+        (lambda: Plan((LinearRule("fits", kind="w8a8"),)), "kind 'w8a8' is unknown; choose one of svdq, w4a16"),
+        (lambda: Plan(("fits",), exclude="odd"), "exclude must be a sequence of patterns, got 'odd'"),
+        (lambda: Plan(("fits",), shared_inputs=(None,)), "shared_inputs must be a sequence of patterns"),
+        (lambda: ("fits",), r"plan: expected a Plan, got \('fits',\)"),
         (lambda: Plan(("(",)), r"'\(' is no regular expression"),
         (lambda: Plan(("a",), shared_inputs=("a",)), "captures nothing"),
         (lambda: Plan(("to_q",)), r"'to_q' matches no torch\.nn\.Linear of the model; its linears are fits, odd, thin"),
@@ -306,6 +314,11 @@ def test_sharing_that_is_not_so_is_refused(dense: nn.Module) -> None:
 def test_plans_that_mean_nothing_are_refused(plan: Callable[[], Plan], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         tonfa.quantize(nn.ModuleDict(ODD), plan(), recipe=RECIPE)
+
+
+def test_a_recipe_is_no_name() -> None:
+    with pytest.raises(UnsupportedError, match="recipe: expected a Recipe, got 'svdquant'"):
+        tonfa.quantize(nn.ModuleDict(ODD), Plan(("fits",)), recipe="svdquant")
 
 
 @pytest.mark.parametrize("inputs", [[], [torch.zeros(2)], [((torch.zeros(2),), None)]])

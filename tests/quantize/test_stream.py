@@ -199,11 +199,27 @@ def interrupted(dense: Path, tmp_path: Path) -> Path:
     return out
 
 
+def test_two_runs_at_a_time_do_not_mix(dense: Path, tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    refused = []
+
+    def progress(linear: str, done: int, total: int) -> None:
+        if done in (1, total):
+            for options in ({}, {"recipe": Recipe(16, 1, seed=1)}, {"overwrite": True}):
+                with pytest.raises(CheckpointError, match=r"out\.partial: another run is at work in it"):
+                    quantize(dense, tmp_path / "out", **options)
+                refused.append(done)
+
+    report = quantize(dense, tmp_path / "out", progress=progress)
+    assert len(refused) == 6 and report.resumed == 0
+    made = TensorFolder(tmp_path / "out")
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize(
     ("options", "changed"),
     [
-        ({"recipe": Recipe(32, 1)}, "another recipe, model "),
-        ({"recipe": Recipe(16, 1, seed=1)}, "another recipe, model "),
+        ({"recipe": Recipe(32, 1)}, "another recipe is"),
+        ({"recipe": Recipe(16, 1, seed=1)}, "another recipe is"),
         ({"dtype": torch.float16}, "another dtype "),
         ({"max_shard_size": "500KB"}, "another shard size "),
     ],
@@ -325,7 +341,7 @@ def test_too_little_space_is_noticed_before_the_work(
 ) -> None:
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
     source = CountingSource(dense)
-    with pytest.raises(CheckpointError, match=r"0\.00 GB are free; free some space"):
+    with pytest.raises(CheckpointError, match=r"\d\.\d MB have to be written and 2\.0 MB are free; free some space"):
         quantize(dense, tmp_path / "out", source=source)
     assert source.reads == []
 

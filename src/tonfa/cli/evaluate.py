@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from tonfa.cli.options import (
     ActivationsOption,
     DeviceOption,
     DtypeOption,
+    check_seed,
     choose_guidance,
     parse_device,
     parse_dtype,
@@ -36,6 +37,9 @@ SHEET_ROWS = 16
 """Problems that a contact sheet shows."""
 WORST = 5
 """Layers that the summary names of each candidate."""
+INPUTS = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
+LAYERS = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim")
+"""What of two transformers' configurations has to agree for one pipeline, and for one table of layers."""
 
 
 @command(interrupted="nothing was written")
@@ -98,6 +102,7 @@ def evaluate(
     """
     if (lpips_backbone is None) != (lpips_heads is None):
         raise typer.BadParameter("give both or none", param_hint="--lpips-backbone / --lpips-heads")
+    check_seed(seed, samples or 1)
     check_side(height, "--height")
     check_side(width, "--width")
     if sheet is not None and sheet.suffix.lower() != ".png":
@@ -124,7 +129,7 @@ def evaluate(
     problems = read_problems(prompts, control_images=control_images, samples=samples, seed=seed)
     colors = read_colors(prompts) if any(problem.objects for problem in problems) else None
     dense = _dense_folder(model, reference)
-    control = _check_models(model, dense, transformer, problems, activations)
+    control = _check_models(model, dense, transformer, problems, activations, layers)
     lpips = _lpips(lpips_backbone, lpips_heads)
 
     started = time.perf_counter()
@@ -201,23 +206,37 @@ def _dense_folder(model: str, reference: str | None) -> Path:
 
 
 def _check_models(
-    model: str, dense: Path, candidates: Sequence[str], problems: Sequence[Problem], activations: str | None
+    model: str,
+    dense: Path,
+    candidates: Sequence[str],
+    problems: Sequence[Problem],
+    activations: str | None,
+    layers: bool,
 ) -> bool:
     """Whether the models take control images, which all have to agree on, and have to get."""
     from tonfa.checkpoint.reading import read_json
+    from tonfa.cli import sources
     from tonfa.cli.pipeline import examine, takes_control
     from tonfa.models.flux.audit import is_dense
 
-    control = takes_control(read_json(dense / "config.json"))
+    reference = read_json(dense / "config.json")
+    control = takes_control(reference)
+    own = sources.read_json(model, "transformer/config.json", "MODEL")
+    if own is not None:
+        _check_alike(f"--reference: {dense}", reference, INPUTS, "the pipeline's own transformer", own)
     quantized = False
     for name in candidates:
         if is_dense(Path(name)):
-            takes = takes_control(read_json(Path(name) / "config.json"))
+            config: Mapping[str, Any] = read_json(Path(name) / "config.json")
         else:
-            takes, quantized = examine(model, name).takes_control, True
+            config, quantized = examine(model, name).config, True
+        takes = takes_control(config)
         if takes != control:
             kinds = ("text-to-image", "control")
             raise UnsupportedError(f"{name} is a {kinds[takes]} transformer, the reference a {kinds[control]} one")
+        _check_alike(name, config, INPUTS, "the reference", reference)
+        if layers:
+            _check_alike(name, config, LAYERS, "the reference", reference, "; add --no-layers to compare the rest")
     if activations is not None and not quantized:
         raise typer.BadParameter("no --transformer is quantized", param_hint="--activations")
     without = [problem.prompt for problem in problems if (problem.control is not None) != control]
@@ -226,6 +245,15 @@ def _check_models(
     if without:
         raise UnsupportedError(f"the model reads no control images; leave that of {without[0]!r} out")
     return control
+
+
+def _check_alike(
+    name: str, config: Mapping[str, Any], keys: Sequence[str], other: str, known: Mapping[str, Any], remedy: str = ""
+) -> None:
+    """Raise UnsupportedError where two configurations that both name a key differ in it."""
+    for key in keys:
+        if key in config and key in known and config[key] != known[key]:
+            raise UnsupportedError(f"{name} has {key} {config[key]}, {other} {known[key]}{remedy}")
 
 
 def _default_size(pipe: Any, problem: Problem) -> tuple[int, int]:
@@ -290,13 +318,14 @@ def _check_writable(file: Path, option: str) -> None:
 
 
 def _sheet(evaluation: Evaluation, comparisons: Sequence[Comparison]) -> Any:
+    from tonfa.cli.evaluate_tables import short_names
     from tonfa.evaluate.drawing import control_image
     from tonfa.evaluate.sheet import GAIN, Row, contact_sheet, difference, to_pil
 
     control = evaluation.problems[0].control is not None
     titles = ["control"] * control + ["reference"]
-    for comparison in comparisons:
-        titles += [Path(comparison.name).name, f"difference x {GAIN}"]
+    for name in short_names(comparisons):
+        titles += [name, f"difference x {GAIN}"]
     rows = []
     for i, problem in enumerate(evaluation.problems[:SHEET_ROWS]):
         drawn = to_pil(evaluation.pictures[i])

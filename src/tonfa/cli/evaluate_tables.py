@@ -20,12 +20,19 @@ FILE_WIDTH = 200
 MOST_TIMESTEPS = 8
 
 
+def short_names(comparisons: Sequence[Comparison]) -> list[str]:
+    """The last parts of the candidates' paths, or the paths where two end alike."""
+    names = [comparison.name for comparison in comparisons]
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
 def print_comparisons(evaluation: Evaluation, comparisons: Sequence[Comparison], worst: int) -> None:
     """All tables on stdout."""
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    names = [Path(comparison.name).name for comparison in comparisons]
+    names = short_names(comparisons)
     console.print(_pictures(names, comparisons))
     console.print()
     console.print(_timesteps(names, comparisons))

@@ -19,6 +19,7 @@ from tonfa.cli.options import (
     Dtype,
     DtypeOption,
     check_offload,
+    check_seed,
     choose_guidance,
     parse_device,
     parse_dtype,
@@ -86,8 +87,7 @@ def generate(
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
     if control_image is not None and image is not None:
         raise typer.BadParameter("give one of them", param_hint="--control-image / --image")
-    if seed + num_images > 2**63:
-        raise typer.BadParameter(f"{seed} is too large: seeds are below 2**63", param_hint="--seed")
+    check_seed(seed, num_images)
     check_side(height, "--height")
     check_side(width, "--width")
     console = stderr(quiet)

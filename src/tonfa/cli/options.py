@@ -42,6 +42,12 @@ def choose_guidance(given: float | None, takes_control: bool) -> float:
     return given if given is not None else (CONTROL_GUIDANCE if takes_control else GUIDANCE)
 
 
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raise a usage error unless `seed` and the `count` - 1 after it fit 63 bits, as PyTorch's generators want them."""
+    if seed + count > 2**63:
+        raise typer.BadParameter(f"{seed} is too large: seeds are below 2**63", param_hint="--seed")
+
+
 def check_offload(offload: bool, place: torch.device) -> None:
     """Raise a usage error where there is no GPU to spare."""
     if offload and place.type != "cuda":

@@ -75,6 +75,8 @@ class Facts:
 
     takes_control: bool
     is_quantized: bool
+    config: Mapping[str, Any]
+    """The transformer's."""
 
 
 def examine(model: str, transformer: str | None) -> Facts:
@@ -100,7 +102,8 @@ def examine(model: str, transformer: str | None) -> Facts:
     if config is None:
         raise CheckpointError(f"{transformer or model}: it has no config.json of a transformer")
     # Nunchaku's folders do not say of themselves that they are quantized; nothing else is taken as --transformer.
-    return Facts(takes_control(config), transformer is not None or config.get("quantization_config") is not None)
+    quantized = transformer is not None or config.get("quantization_config") is not None
+    return Facts(takes_control(config), quantized, config)
 
 
 def takes_control(config: Mapping[str, Any]) -> bool:
@@ -201,10 +204,10 @@ def describe_transformer(transformer: Any, placement: Placement) -> str:
     """Precision, activation policy and backend, for people."""
     if type(transformer).__name__ != "SVDQFluxTransformer2DModel":
         return f"{str(placement.dtype).removeprefix('torch.')}, not quantized"
-    from tonfa.dispatch import bind, default_activations
+    from tonfa.dispatch import bind, default_activations, resolve_attention
     from tonfa.ops.table import DEFAULT_ATTENTION
 
-    attention = placement.attention or DEFAULT_ATTENTION
+    attention = resolve_attention(placement.device, placement.attention or DEFAULT_ATTENTION)
     activations = placement.activations or default_activations(placement.device)
     backend = bind(placement.device, activations).backend
     rank = transformer.config.quantization_config["rank"]

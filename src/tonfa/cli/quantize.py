@@ -13,7 +13,15 @@ from tonfa.cli.calibration import Request, build
 from tonfa.cli.console import duration, progress, size, stderr
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.images import check_side
-from tonfa.cli.options import Activations, DeviceOption, DtypeOption, check_offload, parse_device, parse_dtype
+from tonfa.cli.options import (
+    Activations,
+    DeviceOption,
+    DtypeOption,
+    check_offload,
+    check_seed,
+    parse_device,
+    parse_dtype,
+)
 from tonfa.errors import CheckpointError
 from tonfa.models.flux.plan import DENSE_CLASS
 
@@ -114,6 +122,7 @@ def quantize(
 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or add --overwrite")
+    check_seed(seed)
     check_side(picture_size, "--size")
     chosen = replace(named_recipe(recipe, rank), activations=activations, seed=seed)
     if iterations is not None:
@@ -197,7 +206,7 @@ def _check_placement(subfolder: str, offload: bool, place: torch.device) -> None
 def _refuse_without_calibration(*values: object) -> None:
     names = ("control-images", "samples", "steps", "guidance", "size", "sequential", "offload", "force")
     for name, value in zip(names, values, strict=True):
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise typer.BadParameter("it belongs to --calibrate, which was not given", param_hint=f"--{name}")
 
 

@@ -140,7 +140,8 @@ class BlockBuilder:
         for linear in block.linears:
             owner = input_owner(linear)
             known = moments.get(owner)
-            with enough_memory(f"solving for {linear.name}", "choose --device cpu, or a GPU with more memory"):
+            on_gpu = "choose --device cpu, or a GPU with more memory"
+            with enough_memory(f"solving for {linear.name}", "free some for it on the host", on_gpu):
                 if known is not None and waiting[owner] > 1 and owner not in factors:
                     sharing = [dense[other.name][0] for other in block.linears if input_owner(other) == owner]
                     with suited_threads(max(weight.numel() for weight in sharing)):

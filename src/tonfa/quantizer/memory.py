@@ -17,15 +17,20 @@ _HOST = ("can't allocate memory", "not enough memory")
 
 
 @contextmanager
-def enough_memory(stage: str, remedy: str) -> Iterator[None]:
-    """Turn exhausted memory of the host or the GPU into an UnsupportedError that names the stage and a remedy."""
+def enough_memory(stage: str, remedy: str, gpu_remedy: str | None = None) -> Iterator[None]:
+    """Turn exhausted memory of the host or the GPU into an UnsupportedError that names the stage and its remedy.
+
+    `gpu_remedy` is for the GPU's memory where what helps there does not help the host.
+    """
     try:
         yield
     except RuntimeError as error:
         full = isinstance(error, torch.OutOfMemoryError)
         if not full and not any(text in str(error) for text in _HOST):
             raise
-        raise UnsupportedError(f"out of {'GPU ' if full else ''}memory while {stage}; {remedy}") from error
+        if full:
+            raise UnsupportedError(f"out of GPU memory while {stage}; {gpu_remedy or remedy}") from error
+        raise UnsupportedError(f"out of memory while {stage}; {remedy}") from error
     except MemoryError as error:
         raise UnsupportedError(f"out of memory while {stage}; {remedy}") from error
 

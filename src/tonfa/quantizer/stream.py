@@ -86,7 +86,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _DISK_MARGIN:
         raise CheckpointError(
-            f"{folder}: {needed / 1e9:.2f} GB have to be written and {free / 1e9:.2f} GB are free; "
+            f"{folder}: {needed / 1e6:.1f} MB have to be written and {free / 1e6:.1f} MB are free; "
             "free some space or choose another disk"
         )
 
@@ -95,10 +95,18 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the place that the model was loaded from."""
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
 def _native_config(config: Mapping[str, Any], recipe: Recipe, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     made = asdict(recipe) if calibration is None else {**asdict(recipe), "calibration": dict(calibration)}
-    return {**kept, "_class_name": MODEL_CLASS, "quantization_config": quantization_config(recipe.rank, made)}
+    return {
+        **_described(config),
+        "_class_name": MODEL_CLASS,
+        "quantization_config": quantization_config(recipe.rank, made),
+    }
 
 
 def quantize_checkpoint(
@@ -150,46 +158,48 @@ def quantize_checkpoint(
         "recipe": asdict(recipe),
         "dtype": dtype_name(dtype),
         "shard size": limit,
-        "model": _digest((plan, json.dumps(_native_config(config, recipe, None), sort_keys=True))),
+        "model": _digest((plan, json.dumps(_described(config), sort_keys=True))),
         "source": [list(entry) for entry in source.identity()],
         "calibration": calibration is not None,
         **{f"calibration {key}": value for key, value in samples.items()},
     }
-    workspace = Workspace(out, fingerprint, overwrite)
-    finished = {shard.name: workspace.finished(shard.name, shard.spec) for shard in shards}
-    unfinished = [shard for shard in shards if finished[shard.name] is None]
-    needed = sum(nbytes(shard.spec) for shard in unfinished)
-    if calibration is not None and not workspace.samples.exists():
-        needed += calibration.nbytes()
-    _check_space(workspace.folder, needed)
+    with Workspace(out, fingerprint, overwrite) as workspace:
+        finished = {shard.name: workspace.finished(shard.name, shard.spec) for shard in shards}
+        unfinished = [shard for shard in shards if finished[shard.name] is None]
+        needed = sum(nbytes(shard.spec) for shard in unfinished)
+        if calibration is not None and not workspace.samples.exists():
+            needed += calibration.nbytes()
+        _check_space(workspace.folder, needed)
 
-    total = sum(1 for _ in plan.linears())
-    errors = {linear: error for known in finished.values() if known for linear, error in known.items()}
-    resumed = len(errors)
-    walk = None if calibration is None or not unfinished else calibration.open(workspace.samples)
-    blocks = BlockBuilder(source, recipe, dtype, device, walk, calibration is not None and calibration.sequential)
+        total = sum(1 for _ in plan.linears())
+        errors = {linear: error for known in finished.values() if known for linear, error in known.items()}
+        resumed = len(errors)
+        walk = None if calibration is None or not unfinished else calibration.open(workspace.samples)
+        blocks = BlockBuilder(source, recipe, dtype, device, walk, calibration is not None and calibration.sequential)
 
-    def made(linear: str, error: float) -> None:
-        errors[linear] = error
-        if progress is not None:
-            progress(linear, len(errors), total)
+        def made(linear: str, error: float) -> None:
+            errors[linear] = error
+            if progress is not None:
+                progress(linear, len(errors), total)
 
-    for shard in shards[: shards.index(unfinished[-1]) + 1] if unfinished else []:
-        if finished[shard.name] is not None:
-            for block in shard.blocks if walk is not None else ():
-                blocks.pass_by(block, TensorFiles([workspace.content / shard.name]))
-            continue
-        tensors: dict[str, Tensor] = {}
-        for block in shard.blocks:
-            tensors |= blocks.make(block, made)
-        write_tensors(workspace.content / shard.name, tensors)
-        workspace.enter(shard.name, {linear.name: errors[linear.name] for b in shard.blocks for linear in b.linears})
+        for shard in shards[: shards.index(unfinished[-1]) + 1] if unfinished else []:
+            if finished[shard.name] is not None:
+                for block in shard.blocks if walk is not None else ():
+                    blocks.pass_by(block, TensorFiles([workspace.content / shard.name]))
+                continue
+            tensors: dict[str, Tensor] = {}
+            for block in shard.blocks:
+                tensors |= blocks.make(block, made)
+            write_tensors(workspace.content / shard.name, tensors)
+            workspace.enter(
+                shard.name, {linear.name: errors[linear.name] for b in shard.blocks for linear in b.linears}
+            )
 
-    workspace.publish(native, {shard.name: shard.spec for shard in shards})
-    return Report(
-        errors={linear.name: errors[linear.name] for linear in plan.linears()},
-        bytes_in=nbytes(found),
-        bytes_out=sum(nbytes(shard.spec) for shard in shards),
-        seconds=time.monotonic() - started,
-        resumed=resumed,
-    )
+        workspace.publish(native, {shard.name: shard.spec for shard in shards})
+        return Report(
+            errors={linear.name: errors[linear.name] for linear in plan.linears()},
+            bytes_in=nbytes(found),
+            bytes_out=sum(nbytes(shard.spec) for shard in shards),
+            seconds=time.monotonic() - started,
+            resumed=resumed,
+        )

@@ -7,7 +7,9 @@ moment goes on with the first shard that is not entered. A calibration keeps its
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,22 @@ from tonfa.checkpoint.strict import Spec
 from tonfa.checkpoint.tensors import file_spec, open_file
 from tonfa.errors import CheckpointError
 
+if sys.platform != "win32":
+    import fcntl
+
 _MANIFEST = "manifest.json"
 _CONTENT = "checkpoint"
 _SAMPLES = "samples"
 
 
 class Workspace:
-    """A checkpoint under way to the folder `out`."""
+    """A checkpoint under way to the folder `out`, locked for one process while its context is open."""
 
     def __init__(self, out: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
         """Open or create the folder.
 
-        Raises CheckpointError if `out` may not be replaced, or if another run was left behind and may not either.
+        Raises CheckpointError if `out` may not be replaced, if another run was left behind and may not either, and if
+        one is going on.
         """
         check_output(out, overwrite)
         self.out = out
@@ -38,15 +44,29 @@ class Workspace:
         self.content, self.samples = self.folder / _CONTENT, self.folder / _SAMPLES
         self._fingerprint = dict(fingerprint)
         self._errors: dict[str, dict[str, float]] = {}
-        self._resume(overwrite)
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write()
-            self.content.mkdir(exist_ok=True)
+            self._lock = _locked(self.folder)
+            try:
+                self._resume(overwrite)
+                self._write()
+                self.content.mkdir(exist_ok=True)
+            except BaseException:
+                self._unlock()
+                raise
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _resume(self, overwrite: bool) -> None:
-        if not self.folder.exists():
-            return
         manifest = self.folder / _MANIFEST
         found = read_json(manifest) if manifest.exists() else {}
         before, errors = found.get("fingerprint"), found.get("errors")
@@ -56,13 +76,18 @@ class Workspace:
         elif before == self._fingerprint:
             self._errors = errors
         elif overwrite or not (errors or self.samples.exists()):
-            shutil.rmtree(self.folder)
+            self._empty()
         else:
             changed = ", ".join(key for key, value in self._fingerprint.items() if before.get(key) != value)
             raise CheckpointError(
                 f"{self.folder}: an unfinished run with another {changed} is there; repeat that one to finish it, "
                 "or discard it by asking to overwrite or by removing the folder"
             )
+
+    def _empty(self) -> None:
+        """Remove what is in the folder, which stays, and with it the lock."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _write(self) -> None:
         write_json(self.folder / _MANIFEST, {"fingerprint": self._fingerprint, "errors": self._errors})
@@ -87,3 +112,21 @@ class Workspace:
         write_json(self.content / "config.json", config)
         publish(self.content, self.out)
         shutil.rmtree(self.folder)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that locks the folder until it is closed or the process ends; None where nothing can be locked."""
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"{folder}: another run is at work in it; wait for it, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor

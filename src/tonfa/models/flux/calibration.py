@@ -128,7 +128,7 @@ class FluxCalibration:
             if self.report is not None:
                 self.report(SAMPLING, done, total)
 
-        with enough_memory("drawing the calibration's pictures", "add --offload, or lower --size"):
+        with enough_memory("drawing the calibration's pictures", "lower --size", "add --offload, or lower --size"):
             pipe = self.load()
             for picture in missing:
                 draw(pipe, picture, self.schedule, samples, on_step)

@@ -74,10 +74,8 @@ def choose_pictures(
         chosen = (int(torch.randint(a, b, (), generator=generator)) for a, b in pairwise(edges))
         control = controls[images[i]] if controls else None
         height, width = size(control)
-        picture = Picture(
-            prompts[texts[i]], control, height, width, seed * 1_000_003 + i, tuple(chosen), i * per_picture
-        )
-        pictures.append(picture)
+        own_seed = (seed * 1_000_003 + i) % 2**63  # PyTorch's generators take no larger ones
+        pictures.append(Picture(prompts[texts[i]], control, height, width, own_seed, tuple(chosen), i * per_picture))
     return tuple(pictures)
 
 

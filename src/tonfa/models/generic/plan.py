@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -18,6 +18,8 @@ from tonfa.errors import FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.plan import BlockPlan, LinearPlan, ModelPlan
 
+Kind = Literal["svdq", "w4a16"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 NAMED = 8
 """Linears that an error lists."""
 
@@ -28,12 +30,18 @@ class LinearRule:
 
     pattern: str
     """Such as `blocks\\.\\d+\\.ff\\.net\\.2`."""
-    kind: Literal["svdq", "w4a16"] = "svdq"
+    kind: Kind = "svdq"
     """`svdq`: 4-bit weights, a low-rank branch, quantized activations. `w4a16`: 4-bit weights alone."""
     unsigned: bool = False
     """Behind a GELU: 4-bit activations are shifted and unsigned."""
     rank: int | None = None
     """Width of the low-rank branch; None is the recipe's."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise UnsupportedError(f"plan: {self.pattern!r} is no pattern; patterns are strings")
+        if self.kind not in KINDS:
+            raise UnsupportedError(f"plan: kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class Plan:
     def __post_init__(self) -> None:
         if isinstance(self.include, (str, LinearRule)) or not self.include:
             raise UnsupportedError("plan: include must be a sequence of patterns or rules, and name something")
+        for name in ("exclude", "shared_inputs"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise UnsupportedError(f"plan: {name} must be a sequence of patterns, got {patterns!r}")
         for pattern in (*(rule.pattern for rule in self.rules()), *self.exclude, *self.shared_inputs):
             try:
                 compiled = re.compile(pattern)
@@ -98,6 +110,12 @@ def reason_against(linear: nn.Linear, kind: str, rank: int) -> str | None:
     return None
 
 
+def _read_by_owner(model: nn.Module) -> set[nn.Module]:
+    """Linears of encoder layers, which in `eval` hand the weights themselves to a fused kernel."""
+    layers = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {linear for layer in layers for linear in (layer.linear1, layer.linear2)}
+
+
 def resolve(plan: Plan, model: nn.Module, rank: int) -> ResolvedPlan:
     """The plan's linears in the model's order; `rank` is that of rules that name none.
 
@@ -109,6 +127,7 @@ def resolve(plan: Plan, model: nn.Module, rank: int) -> ResolvedPlan:
     for pattern in (*(rule.pattern for rule in rules), *plan.exclude, *plan.shared_inputs):
         if not any(re.fullmatch(pattern, name) for name in linears):
             raise UnsupportedError(f"plan: {pattern!r} matches no torch.nn.Linear of the model; {_listed(linears)}")
+    bypassed = _read_by_owner(model)
     entries: list[LinearPlan] = []
     skipped: dict[str, str] = {}
     for name, linear in linears.items():
@@ -116,6 +135,8 @@ def resolve(plan: Plan, model: nn.Module, rank: int) -> ResolvedPlan:
         if rule is None or any(re.fullmatch(pattern, name) for pattern in plan.exclude):
             continue
         reason = reason_against(linear, rule.kind, rule.rank or rank)
+        if linear in bypassed:
+            reason = "its owner reads its weight without calling it, as torch.nn.TransformerEncoderLayer does"
         if reason is not None and not plan.skip_unsupported:
             raise FormatError(f"{name}: {reason}; exclude it, or let the plan skip_unsupported")
         if reason is not None:

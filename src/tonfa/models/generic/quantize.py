@@ -57,6 +57,10 @@ def quantize(
     format does not know, for NaN or Inf in a weight or a calibration input, and for linears that no input reaches; the
     model is then as it was.
     """
+    if not isinstance(plan, Plan | ModelPlan):
+        raise UnsupportedError(f"plan: expected a Plan, got {plan!r}")
+    if not isinstance(recipe, Recipe):
+        raise UnsupportedError(f"recipe: expected a Recipe, got {recipe!r}")
     if activations is not None:
         parse_activations(activations)
     linears = linears_of(model)

@@ -1,0 +1,5 @@
+"""`python -m tonfa`: the same as `tonfa`."""
+
+from tonfa.cli.app import main
+
+main()
