@@ -17,7 +17,7 @@ class HopperActivation(QuantizedActivation):
     """`codes` (K/128, M padded, 128), `scales` (M,) float32 and `lowrank` (R/64, M padded, 64) bf16: see layout.py.
 
     `scales` are the first of M padded in memory. `lowrank` is divided by the row's scale, so that the product can begin
-    its sums with the branch. What is beyond the last row and the last rank may be anything.
+    its sums with the branch. What is beyond the last rank may be anything.
     """
 
     scales: Tensor
@@ -40,9 +40,12 @@ class HopperActivation(QuantizedActivation):
 def empty_activation(
     rows: int, channels: int, rank: int, dtype: torch.dtype, device: torch.device, norms: Tensor | None = None
 ) -> HopperActivation:
-    """Memory for a kernel to fill."""
+    """Memory for a kernel to fill, zeros in the rows that it leaves out and products read."""
     m_pad = round_up(rows, ROW_MULTIPLE)
     codes = torch.empty((-(-channels // ROW_BYTES), m_pad, ROW_BYTES), dtype=torch.uint8, device=device)
     lowrank = torch.empty((-(-rank // 64), m_pad, 64), dtype=torch.bfloat16, device=device)
     scales = torch.empty(m_pad, device=device)[:rows]
+    if rows != m_pad:
+        codes[:, rows:].zero_()
+        lowrank[:, rows:].zero_()
     return HopperActivation(codes, scales, lowrank, dtype, rows, channels, 0, rank, norms)
