@@ -38,9 +38,12 @@ def test_candidates_take_turns_and_inputs_rotate(monkeypatch: pytest.MonkeyPatch
     calls: list[str] = []
     monkeypatch.setattr(protocol, "milliseconds", lambda function, *_: (function(), float(len(calls)))[1])
     candidates = {"a": [lambda: calls.append("a0"), lambda: calls.append("a1")], "b": [lambda: calls.append("b")]}
-    timings = interleaved(candidates, 3, CPU, warmup=0)
-    assert calls == ["a0", "b", "a1", "b", "a0", "b"]
-    assert timings == {"a": Timing(3.0, 1.0, 5.0, 3), "b": Timing(4.0, 2.0, 6.0, 3)}
+    timings = interleaved(candidates, 20, CPU, warmup=0)
+    rounds = [calls[i : i + 2] for i in range(0, 40, 2)]
+    assert [next(call for call in pair if call != "b") for pair in rounds] == ["a0", "a1"] * 10
+    assert all("b" in pair for pair in rounds) and 4 < sum(pair[0] == "b" for pair in rounds) < 16
+    ends = [float(calls.index("b") + 1), float(len(calls) - calls[::-1].index("b"))]
+    assert [timings["b"].least, timings["b"].most] == ends and timings["a"].runs == timings["b"].runs == 20
 
 
 def test_a_time_limit_ends_runs_but_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

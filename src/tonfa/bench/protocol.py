@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -102,6 +103,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time the candidates in turn, so that what else the machine does meets all of them alike.
 
+    Each round has another order: a GPU at its power limit is slower behind one candidate than behind another.
+
     Each has a list of functions, taken one after another, so that no run finds its input in a cache. Each is warmed up
     first, `warmup` runs at least; 0 measures the first run. `seconds` is a limit for the timed runs of all together;
     each has LEAST_RUNS even if they take longer.
@@ -114,8 +117,8 @@ def interleaved(
     for run in range(runs):
         if seconds is not None and run >= LEAST_RUNS and time.perf_counter() - started > seconds:
             break
-        for name, functions in turns.items():
-            times[name].append(milliseconds(next(functions), device, queued))
+        for name in random.Random(run).sample(list(turns), len(turns)):
+            times[name].append(milliseconds(next(turns[name]), device, queued))
     return {name: Timing.of(values) for name, values in times.items()}
 
 
