@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,3 +174,32 @@ def test_a_failed_recording_falls_back(model: SVDQFluxTransformer2DModel, caplog
         for _ in range(3):
             assert torch.equal(runner.run(model, compute, values), torch.full((3,), 3.0, device="cuda"))
     assert caplog.text.count("recording failed") == 1
+
+
+def test_graphs_of_two_threads_are_recorded_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way = [0, 0]  # now, and at most
+    monkeypatch.setattr(graphs, "_recordable", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    class Slow(graphs._Recorded):
+        def __init__(self, module: nn.Module, *_: object) -> None:
+            under_way[0] += 1
+            under_way[1] = max(under_way)
+            time.sleep(0.05)
+            under_way[0] -= 1
+            self.stamp = WeightsStamp(module)
+
+        def __call__(self, inputs: graphs.Inputs) -> Tensor:
+            return inputs["x"] + 1
+
+    monkeypatch.setattr(graphs, "_Recorded", Slow)
+
+    def record() -> None:
+        runner, values = Graphs(), {"x": torch.zeros(2)}
+        for _ in range(3):
+            runner.run(nn.Identity(), lambda given: given["x"] + 1, values)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(record) for _ in range(4)]:
+            done.result()
+    assert under_way == [0, 1]

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 LIMIT = 4
 """Shapes that are kept recorded at a time, least recently used out first."""
 
+_RECORDING = Lock()
+"""One graph at a time: all are recorded on the same stream of PyTorch's, and on the same one beside it."""
+
 Inputs = Mapping[str, Tensor]
 Compute = Callable[[Inputs], Tensor]
 _Key = tuple[tuple[str, torch.Size, torch.dtype, torch.device], ...]
@@ -103,7 +106,8 @@ class Graphs:
         if not any(isinstance(state, _Recorded) for state in self._seen.values()):
             self._pool = torch.cuda.graph_pool_handle()  # a pool goes with its last graph
         try:
-            return _Recorded(module, compute, inputs, self._pool)
+            with _RECORDING:
+                return _Recorded(module, compute, inputs, self._pool)
         except RuntimeError as error:
             return self._refuse(f"recording failed: {error}")
 

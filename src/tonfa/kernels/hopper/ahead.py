@@ -9,7 +9,7 @@ layers (offloading), the expansion stands right before its product.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,32 +22,36 @@ BUFFERS = 3
 @dataclass
 class _Buffer:
     memory: Tensor
-    graph: int = 0
     read: torch.cuda.Event | None = None
-    """While that graph is recorded: behind the last product that reads `memory`."""
+    """Behind the last product that reads `memory`."""
+
+
+@dataclass
+class _Turns:
+    graph: int = 0
+    buffers: list[_Buffer] = field(default_factory=list)
 
 
 class Ahead:
-    """Buffers taken in turn, for each device and stream on which graphs are recorded.
+    """Buffers of the graph that is being recorded, taken in turn, for each device and stream.
 
-    Graphs hold their addresses: buffers that have been outgrown are kept.
+    They are in the graph's own memory, which it keeps: graphs that run at the same time do not share them.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, int], list[_Buffer]] = {}
+        self._turns: dict[tuple[torch.device, int], _Turns] = {}
         self._beside: dict[torch.device, torch.cuda.Stream] = {}
-        self._outgrown: list[Tensor] = []
 
-    def _take(self, device: torch.device, stream: int, nbytes: int) -> _Buffer:
+    def _take(self, device: torch.device, stream: int, graph: int, nbytes: int) -> _Buffer:
         """The one that was used longest ago."""
-        buffers = self._buffers.setdefault((device, stream), [])
-        if len(buffers) < BUFFERS:
-            buffers.insert(0, _Buffer(torch.empty(0, dtype=torch.uint8, device=device)))
-        buffer = buffers.pop(0)
-        buffers.append(buffer)
-        if buffer.memory.numel() < nbytes:
-            self._outgrown.append(buffer.memory)
-            buffer.memory = torch.empty(SCRATCH.largest(device, nbytes), dtype=torch.uint8, device=device)
+        turns = self._turns.setdefault((device, stream), _Turns())
+        if turns.graph != graph:
+            turns.graph, turns.buffers = graph, []
+        full = len(turns.buffers) == BUFFERS
+        buffer = turns.buffers.pop(0) if full else None
+        if buffer is None or buffer.memory.numel() < nbytes:
+            buffer = _Buffer(torch.empty(SCRATCH.largest(device, nbytes), dtype=torch.uint8, device=device))
+        turns.buffers.append(buffer)
         return buffer
 
     def run(
@@ -58,15 +62,13 @@ class Ahead:
         if device not in self._beside:
             self._beside[device] = torch.cuda.Stream(device)
         beside = self._beside[device]
-        buffer, graph = self._take(device, stream.cuda_stream, nbytes), recording(stream)
-        if buffer.read is None or buffer.graph != graph:
-            buffer.read = stream.record_event()
-        beside.wait_event(buffer.read)
+        buffer = self._take(device, stream.cuda_stream, recording(stream), nbytes)
+        beside.wait_event(buffer.read or stream.record_event())
         with torch.cuda.stream(beside):
             expand(buffer.memory[:nbytes])
         stream.wait_event(beside.record_event())
         read(buffer.memory[:nbytes])
-        buffer.graph, buffer.read = graph, stream.record_event()
+        buffer.read = stream.record_event()
 
 
 def recording(stream: torch.cuda.Stream) -> int:
