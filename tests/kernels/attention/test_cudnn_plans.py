@@ -21,20 +21,26 @@ CPU = torch.device("cpu")
 
 
 class Device:
-    """What runs on it and what graphs hold, by length of the sequence."""
+    """What runs on it, with the stream, and what graphs hold, by length of the sequence."""
 
     def __init__(self) -> None:
         self.capturing = False
         self.built: list[int] = []
-        self.running: set[int] = set()
+        self.stream = SimpleNamespace(cuda_stream=0)
+        self.running: set[tuple[int, int]] = set()
         self.recorded: set[int] = set()
         self.dropped: list[int] = []
         self.dropped_too_early: list[int] = []
         self.refused: set[int] = set()
 
-    def synchronize(self, device: torch.device) -> None:
-        assert not self.capturing
-        self.running.clear()
+    def executes(self, length: int) -> None:
+        if self.capturing:
+            self.recorded.add(length)
+        else:
+            self.running.add((self.stream.cuda_stream, length))
+
+    def still_needs(self, length: int) -> bool:
+        return self.capturing or length in self.recorded or any(length == other for _, other in self.running)
 
 
 class NotSupportedError(Exception):
@@ -67,12 +73,12 @@ def fake_cudnn(device: Device) -> ModuleType:
             return 0
 
         def execute(self, buffers: object, workspace: object, handle: object) -> None:
-            (device.recorded if device.capturing else device.running).add(self.length)
+            device.executes(self.length)
 
         def __del__(self) -> None:
             if self.length in device.built:
                 device.dropped.append(self.length)
-                if device.capturing or self.length in device.running | device.recorded:
+                if device.still_needs(self.length):
                     device.dropped_too_early.append(self.length)
 
     module = ModuleType("cudnn")
@@ -91,10 +97,19 @@ def fake_cudnn(device: Device) -> ModuleType:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
-    monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
+
+    class Event:
+        def record(self, stream: SimpleNamespace) -> None:
+            assert not device.capturing
+            self.before = {run for run in device.running if run[0] == stream.cuda_stream}
+
+        def synchronize(self) -> None:
+            device.running -= self.before
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     return device
 
 
@@ -126,6 +141,16 @@ def test_no_plan_is_dropped_while_it_runs(plans: ModuleType, device: Device) -> 
     for length in range(1, 9):
         plans.attend(heads(length))
     assert device.dropped == [1, 2, 3, 4, 5] and not device.dropped_too_early
+
+
+def test_no_plan_is_dropped_while_any_stream_runs_it(plans: ModuleType, device: Device) -> None:
+    for stream in (0, 1):
+        device.stream = SimpleNamespace(cuda_stream=stream)
+        plans.attend(heads(1))
+    for length in (2, 3, 4):
+        plans.attend(heads(length))
+    assert device.dropped == [1] and not device.dropped_too_early
+    assert device.running == {(1, 2), (1, 3), (1, 4)}, "waited for more than the dropped plan"
 
 
 def test_no_plan_is_dropped_that_a_graph_holds(plans: ModuleType, device: Device) -> None:
