@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from tonfa.bench.protocol import Timing, append, interleaved, record, results_file
 from tonfa.formats import GROUP_SIZE
+from tonfa.kernels.attention import sdpa
 from tonfa.kernels.hopper import inputs as hopper_inputs
 from tonfa.kernels.hopper import layout as hopper_layout
 from tonfa.kernels.hopper import packed_product as hopper_packed
@@ -34,7 +35,6 @@ from tonfa.kernels.hopper import tiles as hopper_tiles
 from tonfa.kernels.hopper.product_norm_rope import product_norm_rope as hopper_norm_rope
 from tonfa.kernels.triton import product as triton_product
 from tonfa.kernels.triton import tiles
-from tonfa.kernels.triton.attention import attention
 from tonfa.kernels.triton.expand import expand
 from tonfa.kernels.triton.product import PackedProduct, pack_product, product, run
 from tonfa.kernels.triton.product_gate_residual import product_gate_residual
@@ -322,7 +322,7 @@ def attention_cases() -> Iterator[Case]:
     for order in ("heads-first", "tokens-first"):
         q, k, v = random(3, 1, 24, 4608, 128) if order == "heads-first" else random(3, 1, 4608, 24, 128).transpose(2, 3)
         plain = partial(attention_op.reference, q, k, v)
-        call = partial(attention, q, k, v)
+        call = partial(sdpa.attention, q, k, v)
         error, flop = off(call(), plain()), 4.0 * 24 * 4608 * 4608 * 128
         yield Case(
             f"attention {order}", {"l": 4608, "h": 24, "d": 128}, [call], {"torch-sdpa": [plain]}, flop, error=error

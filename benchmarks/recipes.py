@@ -28,6 +28,7 @@ from tonfa.evaluate.compare import Evaluation, Velocity
 from tonfa.evaluate.drawing import Settings
 from tonfa.evaluate.problems import read_problems
 from tonfa.evaluate.statistics import ratio_interval
+from tonfa.models.flux.guidance import choose_guidance
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.ops.activation import Activations
 from tonfa.quantizer.recipe import RECIPES
@@ -82,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Velocity]:
     pipe = kind.from_pretrained(arguments.model, transformer=transformer, dtype=torch.bfloat16).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
     problems = read_problems(arguments.prompts, samples=arguments.samples, seed=arguments.seed)
-    guidance = 10.0 if control else 3.5
+    guidance = choose_guidance(None, control)
     side = arguments.size
     settings = Settings(side, side, arguments.steps, guidance, arguments.text_tokens, arguments.batch)
     evaluation = Evaluation(pipe, problems, settings, seed=arguments.seed, keep_inputs=False)

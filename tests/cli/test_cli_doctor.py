@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tonfa.cli.doctor import cpu_name, int8_is_exact
+from tonfa.cli.doctor import compile_all, cpu_name, int8_is_exact
 from tonfa.dispatch import BACKENDS, report
-from tonfa.kernels.cuda import compiler
+from tonfa.kernels.cuda import catalog, compiler
+from tonfa.kernels.cuda.kernel import build
 from tonfa.kernels.cuda.product_gelu_quantize import add_kernel
+from tonfa.kernels.hopper import catalog as hopper
+from tonfa.kernels.hopper import expand
 from tonfa.ops.table import ATTENTIONS, OPS
 
 
@@ -68,6 +71,37 @@ def test_kernels_are_compiled_without_a_gpu(tonfa, tmp_path: Path, monkeypatch: 
         assert row["kernel"] == "add_partials[]" and row["cached"] == cached and row["bytes"] > 1000
     table = tonfa("doctor", "--device", "cpu", "--compile", "--arch", "86").stdout
     assert "Compiled for sm_86 by NVRTC" in table and "1 kernels, 0 compiled now in 0.0 s" in table
+
+
+@pytest.mark.skipif(compiler.problem() is not None, reason=compiler.problem() or "")
+def test_hoppers_kernels_are_compiled_without_a_gpu(tonfa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TONFA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tonfa.kernels.cuda.catalog.kernels", lambda: [add_kernel()])
+    monkeypatch.setattr("tonfa.kernels.hopper.catalog.kernels", lambda multiprocessors: [expand.kernel()])
+    result = tonfa("doctor", "--device", "cpu", "--compile", "--arch", "90", "--json")
+    rows = json.loads(result.stdout)["compiled"]["kernels"]
+    assert [(row["kernel"], row["cached"]) for row in rows] == [("add_partials[]", False), ("expand[]", False)]
+    assert build(expand.kernel(), 90)[1] and rows[1]["bytes"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("gpu", "arch", "multiprocessors"), [(90, None, 114), (90, 90, 114), (86, 90, 132), (None, 90, 132)]
+)
+def test_hoppers_kernels_are_those_of_the_gpu(
+    gpu: int | None, arch: int | None, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or, where there is none, of most."""
+    place = torch.device("cpu" if gpu is None else "cuda:0")
+    monkeypatch.setattr(compiler, "problem", lambda: None)
+    monkeypatch.setattr(compiler, "compiler_version", lambda: "13.0")
+    monkeypatch.setattr("tonfa.cli.doctor.parse_device", lambda device: place)
+    monkeypatch.setattr("tonfa.kernels.cuda.launch.architecture", lambda device: gpu)
+    monkeypatch.setattr("tonfa.kernels.hopper.device_facts.multiprocessors", lambda device: 114)
+    monkeypatch.setattr("tonfa.kernels.cuda.kernel.build", lambda kernel, arch: (f"{kernel} {arch}".encode(), False))
+    found = compile_all("auto", arch)
+    names = [str(kernel) for kernel in (*catalog.kernels(), *hopper.kernels(multiprocessors))]
+    assert found["architecture"] == "sm_90" and [row["kernel"] for row in found["kernels"]] == names
+    assert [row["kernel"] for row in compile_all("auto", 86)["kernels"]] == [str(k) for k in catalog.kernels()]
 
 
 def test_compiling_needs_a_gpu_or_an_architecture(tonfa, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from tonfa.bench.protocol import Say, interleaved, record
 from tonfa.checkpoint.reading import read_json
 from tonfa.dispatch import default_activations
 from tonfa.errors import CheckpointError, TonfaError, UnsupportedError
+from tonfa.models.flux.guidance import choose_guidance
 from tonfa.models.flux.transformer import SVDQFluxTransformer2DModel
 from tonfa.quantizer.recipe import Recipe
 
@@ -122,13 +123,15 @@ def _draw(pipe: Any, request: ImageRequest) -> Callable[[], Tensor]:
         ramp = torch.linspace(0, 1, request.height)[:, None].expand(request.height, request.width)
         extra["control_image"] = ramp.expand(1, 3, -1, -1).contiguous()
 
+    guidance = choose_guidance(None, takes_control=bool(extra))
+
     def draw() -> Tensor:
         picture: Tensor = pipe(
             prompt=PROMPT,
             height=request.height,
             width=request.width,
             num_inference_steps=request.steps,
-            guidance_scale=10.0 if extra else 3.5,
+            guidance_scale=guidance,
             generator=torch.Generator("cpu").manual_seed(request.seed),
             max_sequence_length=request.text_tokens,
             output_type="pt",

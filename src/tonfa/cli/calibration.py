@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tonfa.cli.images import MULTIPLE, nearest_multiple, open_image
-from tonfa.cli.options import LONGEST_TEXT, choose_guidance
+from tonfa.cli.options import LONGEST_TEXT
 from tonfa.errors import CheckpointError, UnsupportedError
+from tonfa.models.flux.guidance import choose_guidance
 
 if TYPE_CHECKING:
     import torch

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from tonfa.kernels.cuda.kernel import Kernel
+
 PACKAGES = (
     "torch",
     "diffusers",
@@ -42,7 +44,7 @@ def doctor(
     device: DeviceOption = "auto",
     activations: ActivationsOption = None,
     compile_kernels: Annotated[
-        bool, typer.Option("--compile", help="Compile all kernels of the CUDA backend, and time it.")
+        bool, typer.Option("--compile", help="Compile the INT4 kernels, on sm_90 Hopper's as well, and time it.")
     ] = False,
     arch: Annotated[
         int | None, typer.Option(help="With --compile: for this architecture (86 is sm_86) instead of the GPU's own.")
@@ -99,24 +101,23 @@ def examine(device: str, activations: str | None) -> dict[str, Any]:
 
 
 def compile_all(device: str, arch: int | None) -> dict[str, Any]:
-    """Compile every kernel of the CUDA backend, or find it in the cache: what was built for what, and how long it took.
+    """Compile every kernel in CUDA C++, or find it in the cache: what was built for what, and how long it took.
 
     Raises UnsupportedError without NVRTC, and without a GPU unless `arch` names an architecture.
     """
     from tonfa.kernels.cuda import cache, compiler
-    from tonfa.kernels.cuda.catalog import kernels
     from tonfa.kernels.cuda.kernel import build
     from tonfa.kernels.cuda.launch import architecture
 
     if problem := compiler.problem():
         raise UnsupportedError(f"--compile: {problem}")
+    place = parse_device(device)
+    own = architecture(place) if place.type == "cuda" else None
+    arch = own if arch is None else arch
     if arch is None:
-        place = parse_device(device)
-        if place.type != "cuda":
-            raise UnsupportedError(f"--compile: {place} is no NVIDIA GPU; name an architecture, such as --arch 86")
-        arch = architecture(place)
+        raise UnsupportedError(f"--compile: {place} is no NVIDIA GPU; name an architecture, such as --arch 86")
     built = []
-    for kernel in kernels():
+    for kernel in _kernels(arch, place if arch == own else None):
         start = time.perf_counter()
         code, cached = build(kernel, arch)
         seconds = time.perf_counter() - start
@@ -127,6 +128,17 @@ def compile_all(device: str, arch: int | None) -> dict[str, Any]:
         "cache": str(cache.directory()),
         "kernels": built,
     }
+
+
+def _kernels(arch: int, gpu: torch.device | None) -> list[Kernel]:
+    """What sm_<arch> runs; on `gpu`, or on one with as many multiprocessors as most."""
+    from tonfa.kernels.cuda import catalog
+    from tonfa.kernels.hopper import catalog as hopper
+    from tonfa.kernels.hopper.device_facts import multiprocessors
+
+    if arch != 90:
+        return catalog.kernels()
+    return catalog.kernels() + hopper.kernels(hopper.MULTIPROCESSORS if gpu is None else multiprocessors(gpu))
 
 
 def _version(package: str) -> str | None:

@@ -20,11 +20,11 @@ from tonfa.cli.options import (
     DeviceOption,
     DtypeOption,
     check_seed,
-    choose_guidance,
     parse_device,
     parse_dtype,
 )
 from tonfa.errors import CheckpointError, UnsupportedError
+from tonfa.models.flux.guidance import choose_guidance
 
 if TYPE_CHECKING:
     from tonfa.cli.pipeline import Placement

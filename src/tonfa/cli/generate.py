@@ -20,10 +20,10 @@ from tonfa.cli.options import (
     DtypeOption,
     check_offload,
     check_seed,
-    choose_guidance,
     parse_device,
     parse_dtype,
 )
+from tonfa.models.flux.guidance import choose_guidance
 
 if TYPE_CHECKING:
     from PIL.Image import Image

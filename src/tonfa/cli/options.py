@@ -34,12 +34,6 @@ AttentionOption = Annotated[
 
 LONGEST_TEXT = 512
 """The longest prompt that FLUX's pipelines accept, in T5's tokens."""
-GUIDANCE, CONTROL_GUIDANCE = 3.5, 10.0
-
-
-def choose_guidance(given: float | None, takes_control: bool) -> float:
-    """The guidance scale that is asked for, else the usual one of such a model."""
-    return given if given is not None else (CONTROL_GUIDANCE if takes_control else GUIDANCE)
 
 
 def check_seed(seed: int, count: int = 1) -> None:

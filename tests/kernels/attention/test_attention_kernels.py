@@ -66,16 +66,23 @@ def test_quantizers_in_tritons_interpreter() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 77, 256])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (77, 64), (256, 64), (77, 100), (1, 128), (77, 128)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_16_bit_attention_is_as_exact_as_torchs_own(device: str, dtype: torch.dtype, tokens: int, masked: bool) -> None:
-    q, k, v = (t.to(device) for t in attention_inputs("gaussian", 2, 2, tokens, 64, dtype))
+def test_16_bit_attention_is_as_exact_as_torchs_own(
+    device: str, dtype: torch.dtype, tokens: int, size: int, masked: bool
+) -> None:
+    """Also of q, k and v that lie in memory as (B, L, H, D), as products write them."""
+    q, k, v = (t.to(device) for t in attention_inputs("gaussian", 2, 3, tokens, size, dtype))
     mask = None
     if masked:
         mask = (torch.arange(tokens) % 3 != 1)[None, None, None].to(device)
     exact = attention.reference(q.double(), k.double(), v.double(), mask)
     torchs = attention.reference(q, k, v, mask)
-    assert relative_error(sdpa.attention(q, k, v, mask), exact) <= 2 * relative_error(torchs, exact)
+    by_tokens = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    for operands in ((q, k, v), by_tokens):
+        found = sdpa.attention(*operands, mask)
+        assert found.shape == (2, tokens, 3 * size) and found.dtype == dtype
+        assert relative_error(found, exact) <= 2 * relative_error(torchs, exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,4 +1,4 @@
-"""What the Triton backend says of itself, how layers run on it, and its attention."""
+"""What the Triton backend says of itself, and how layers run on it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from triton_cases import POLICIES, layer
 
 from support import outlier_input, pretend_gpu, relative_error
 from tonfa import dispatch
-from tonfa.kernels.triton.attention import attention
+from tonfa.kernels.attention import sdpa
+from tonfa.kernels.triton.backend import BACKEND
 from tonfa.kernels.triton.scratch import Scratch
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import W4A16Linear
-from tonfa.ops import attention as op
 
 CUDA = torch.device("cuda")
 
@@ -60,6 +60,11 @@ def test_dispatch_does_not_import_triton() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("activations", POLICIES)
+def test_its_attention_is_that_of_all_models_in_16_bits(activations: str) -> None:
+    assert BACKEND.table(activations)["attention"] is sdpa.attention
+
+
 def test_the_buffer_grows_and_keeps_what_graphs_may_hold(device: torch.device) -> None:
     scratch = Scratch()
     scratch.reserve(device, 100)
@@ -91,18 +96,3 @@ def test_the_modulation_runs_on_it(generator: torch.Generator) -> None:
     kernels = dispatch.bind(CUDA, "fp8", "triton")
     found = kernels.w4a16(x, kernels.pack_w4a16(linear.weights()))
     assert relative_error(found, x.double() @ weight.T + bias) < 2**-8
-
-
-@pytest.mark.parametrize("length", [1, 77])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", [64, 100, 128])
-def test_attention(length: int, masked: bool, size: int, device: torch.device, generator: torch.Generator) -> None:
-    """q, k, v as `product_norm_rope` lays them out in memory; the result is in the order of tokens."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = torch.randn(3, 2, length, 3, size, generator=generator).to(device, dtype).transpose(2, 3)
-    mask = torch.rand(2, 1, 1, length, generator=generator).to(device) < 0.7 if masked else None
-    if mask is not None:
-        mask[..., 0] = True
-    found, exact = attention(q, k, v, mask), op.reference(q, k, v, mask, torch.float64)
-    assert found.shape == (2, length, 3 * size) and found.dtype == dtype
-    assert relative_error(found, exact) < (2**-7 if dtype == torch.bfloat16 else 1e-5)

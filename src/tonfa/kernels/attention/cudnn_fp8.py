@@ -6,8 +6,8 @@ that cuDNN compiles through NVRTC, so an unsuitable libnvrtc or driver fails her
 be built"; `benchmarks/attention_fp8.py --diagnose` tells these apart.
 
 A plan is run on torch's current stream with memory of torch's allocator, so it can be recorded in a CUDA graph, once it
-has been built by a call outside of one: building waits for a compiler. Plans that a CUDA graph holds are never dropped,
-because their code would be unloaded with them.
+has been built by a call outside of one: building waits for a compiler. A plan's code is unloaded with it, so one that a
+CUDA graph has recorded is never dropped, another one when it has run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tonfa.errors import UnsupportedError
 from tonfa.ops.attention_fp8 import SCALARS, QuantizedHeads
 
 LIMIT = 32
-"""Plans that are kept, least recently used out first."""
+"""Plans that are kept beside those that graphs hold, least recently used out first."""
 
 _Key = tuple[torch.Size, torch.device]
 
@@ -61,7 +61,9 @@ class Plan:
         self._graph = graph
         self._uids = [tensor.get_uid() for tensor in (*inputs, *amax, out)]
         self._workspace = max(1, graph.get_workspace_size())
+        self._runs: dict[int, torch.cuda.Event] = {}  # behind the last one on each stream
         self.recorded = False
+        """Whether a CUDA graph may hold it."""
 
     def run(self, x: QuantizedHeads, handle: Any) -> Tensor:
         """(B, L, H, D) e4m3 in units of x.descale."""
@@ -70,7 +72,15 @@ class Plan:
         workspace = torch.empty(self._workspace, dtype=torch.uint8, device=x.q.device)
         buffers = (x.q, x.k, x.v, *x.scalars.unbind(), out)
         self._graph.execute(dict(zip(self._uids, buffers, strict=True)), workspace, handle=handle)
+        if not self.recorded:
+            stream = torch.cuda.current_stream(x.q.device)
+            self._runs.setdefault(stream.cuda_stream, torch.cuda.Event()).record(stream)
         return out
+
+    def wait(self) -> None:
+        """Until no stream runs it. Not for the device, which would break graphs that other threads are recording."""
+        for run in self._runs.values():
+            run.synchronize()
 
 
 _plans: OrderedDict[_Key, Plan | str] = OrderedDict()
@@ -98,18 +108,25 @@ def _handle(device: torch.device) -> Any:
     return handle
 
 
+def _make_room() -> None:
+    """For one more plan."""
+    droppable = [key for key, plan in _plans.items() if isinstance(plan, str) or not plan.recorded]
+    for key in droppable[: max(0, len(droppable) - LIMIT + 1)]:
+        plan = _plans.pop(key)
+        if isinstance(plan, Plan):
+            plan.wait()
+
+
 def _plan(key: _Key, handle: Any, recording: bool) -> Plan:
     plan = _plans.pop(key, None)
     if plan is None:
         if recording:
             raise RuntimeError(f"attention of shape {tuple(key[0])} must run once before it is recorded")
+        _make_room()
         try:
             plan = Plan(key[0], handle)
         except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
             plan = f"{type(error).__name__}: {error}"
-    if len(_plans) >= LIMIT:
-        for other in [k for k, p in _plans.items() if isinstance(p, str) or not p.recorded][:1]:
-            del _plans[other]
     _plans[key] = plan
     if isinstance(plan, str):
         raise UnsupportedError(

@@ -29,7 +29,7 @@ def _reason_against(device: torch.device, activations: Activations) -> str | Non
 
 
 def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
-    from tonfa.kernels.triton.attention import attention
+    from tonfa.kernels.attention import sdpa
     from tonfa.kernels.triton.product import pack_product, product
     from tonfa.kernels.triton.product_gate_residual import product_gate_residual
     from tonfa.kernels.triton.product_gelu_quantize import product_gelu_quantize
@@ -51,7 +51,7 @@ def _table(activations: Activations) -> Mapping[str, Callable[..., Any]]:
         "norm_modulate_quantize": norm_modulate_quantize,
         "w4a16": w4a16,
         "w4a16_group": w4a16_group,
-        "attention": attention,
+        "attention": sdpa.attention,
     }
 
 
