@@ -26,6 +26,12 @@ def test_links_are_followed_and_those_that_lead_nowhere_named(tmp_path: Path) ->
         read_json(tmp_path / "loop")
 
 
+def test_a_pipeline_in_the_place_of_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: .* whole pipeline of Diffusers; give its .*transformer"):
+        read_json(tmp_path / "config.json")
+
+
 @pytest.mark.timeout(20)
 def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
