@@ -28,7 +28,7 @@ def test_links_are_followed_and_those_that_lead_nowhere_named(tmp_path: Path) ->
 
 def test_a_pipeline_in_the_place_of_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"config\.json: .* whole pipeline of Diffusers; give its .*transformer"):
+    with pytest.raises(CheckpointError, match=r"config\.json: .* pipeline of Diffusers; give its .*transformer"):
         read_json(tmp_path / "config.json")
 
 

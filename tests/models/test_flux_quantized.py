@@ -139,6 +139,9 @@ def test_loading_casts_floats_and_chooses_the_policy(folder: Path) -> None:
     layer = model.transformer_blocks[0].attn.to_qkv
     assert isinstance(layer, SVDQLinear)
     assert (layer.qweight.dtype, layer.wscales.dtype, layer.activations) == (torch.uint8, torch.float16, "none")
+    stored = SVDQFluxTransformer2DModel.from_pretrained(folder).dtype
+    for name, dtype in (("float16", torch.float16), ("float32", torch.float32), ("auto", stored)):
+        assert SVDQFluxTransformer2DModel.from_pretrained(folder, torch_dtype=name).dtype == dtype
 
 
 def test_weights_are_4_bit_in_memory(quantized: SVDQFluxTransformer2DModel) -> None:
@@ -217,3 +220,5 @@ def test_unknown_and_unsupported_options(folder: Path) -> None:
         SVDQFluxTransformer2DModel.from_pretrained(folder, device_map="auto")
     with pytest.raises(UnsupportedError, match="activations='int3'"):
         SVDQFluxTransformer2DModel.from_pretrained(folder, activations="int3")
+    with pytest.raises(UnsupportedError, match="dtype='half' is unknown; choose one of bfloat16, float16, float32"):
+        SVDQFluxTransformer2DModel.from_pretrained(folder, torch_dtype="half")

@@ -46,7 +46,9 @@ def check_regular(path: Path) -> None:
     except FileNotFoundError as error:
         reason = f"is a link to {path.readlink()}, which does not exist" if present(path) else "no such file"
         if path.name == "config.json" and exists(path.with_name("model_index.json")):
-            reason = f"no such file, for this is a whole pipeline of Diffusers; give its {path.with_name('transformer')}"
+            reason = (
+                f"no such file, for this is a whole pipeline of Diffusers; give its {path.with_name('transformer')}"
+            )
         raise CheckpointError(f"{path}: {reason}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -40,7 +40,7 @@ class NunchakuFluxTransformer2dModel(SVDQFluxTransformer2DModel):
         pretrained_model_name_or_path: str | Path,
         *,
         device: torch.device | str | None = None,
-        torch_dtype: torch.dtype | None = torch.bfloat16,
+        torch_dtype: torch.dtype | str | None = torch.bfloat16,
         precision: str | None = None,
         offload: bool = False,
         return_metadata: bool = False,

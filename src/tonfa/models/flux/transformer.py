@@ -25,6 +25,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
 from tonfa.checkpoint import native
+from tonfa.checkpoint.strict import dtype_name
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
@@ -34,10 +35,13 @@ from tonfa.models.flux.checkpoints import open_checkpoint
 from tonfa.models.flux.layers import layers_of
 from tonfa.models.flux.plan import check_counts, flux_dims, flux_plan
 from tonfa.models.flux.rotary import RotaryPositions
+from tonfa.ops.activation import parse_activations
+from tonfa.ops.choice import parse
 from tonfa.ops.table import DEFAULT_ATTENTION, parse_attention
 from tonfa.quantizer.planned import materialize
 from tonfa.quantizer.recipe import Recipe
 from tonfa.runtime.graphs import Graphs
+from tonfa.weights import FLOAT_DTYPES
 
 _RESERVED_LOADING_OPTIONS = {
     "device_map": (None,),
@@ -51,6 +55,16 @@ _RESERVED_LOADING_OPTIONS = {
     "disable_mmap": (None, False),
 }
 """What Diffusers' pipelines pass to a component, with the values that ask for nothing this class lacks."""
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype itself, or the one of that name; None for what a checkpoint has."""
+    if given is None or given == "auto":
+        return None
+    if isinstance(given, str):
+        names = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
+        return names[parse("dtype", given, names)]
+    return given
 
 
 class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
@@ -122,8 +136,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         activations: str | None = None,
         attention: str = DEFAULT_ATTENTION,
@@ -137,9 +151,10 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         """Load a 4-bit checkpoint, local or on the Hub: native, Nunchaku's folder or file, Diffusers' `nunchaku_lite`.
 
         A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository.
-        `dtype` (or `torch_dtype`) casts scales and 16-bit weights; None keeps the checkpoint's. `activations` is the
-        policy of `set_activations`, `attention` the choice of `set_attention`. Raises CheckpointError, naming file and
-        tensor, for what is missing, truncated, misshapen or of another kind, and TypeError for unknown options.
+        `dtype` (or `torch_dtype`) casts scales and 16-bit weights, `torch.float16` or "float16"; None and "auto" keep
+        the checkpoint's. `activations` is the policy of `set_activations`, `attention` the choice of `set_attention`.
+        Raises CheckpointError, naming file and tensor, for what is missing, truncated, misshapen or of another kind,
+        and TypeError for unknown options.
         """
         for name, value in options.items():
             if name not in _RESERVED_LOADING_OPTIONS:
@@ -147,6 +162,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             if value not in _RESERVED_LOADING_OPTIONS[name]:
                 raise UnsupportedError(f"{cls.__name__}.from_pretrained does not support {name}={value!r}")
         parse_attention(attention)
+        if activations is not None:
+            parse_activations(activations)
         opened = open_checkpoint(
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -158,7 +175,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         model = cls._on_meta(opened.config, f"{opened.where}: config")
         spec = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         source = opened.tensors(spec)
-        tensors = native.read(source, spec, opened.where, device=device or "cpu", dtype=dtype or torch_dtype)
+        tensors = native.read(source, spec, opened.where, device=device or "cpu", dtype=_dtype(dtype or torch_dtype))
         return model._filled(tensors).set_activations(activations).set_attention(attention)
 
     @classmethod
