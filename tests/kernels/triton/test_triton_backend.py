@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_the_buffer_grows_and_keeps_what_graphs_may_hold(device: torch.device) -
     assert scratch.empty(device, 10, 10, torch.int8).data_ptr() == first.data_ptr() and scratch.nbytes() == 100
     assert scratch.empty(device, 16, 16, torch.int8).data_ptr() != first.data_ptr() and scratch.nbytes() == 356
     assert scratch.empty(device, 4, 16, torch.int8).shape == (4, 16)
+
+
+def test_threads_do_not_share_a_buffer(device: torch.device) -> None:
+    scratch = Scratch()
+    own = scratch.empty(device, 4, 16, torch.int8)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(scratch.empty, device, 4, 16, torch.int8).result()
+    assert scratch.empty(device, 4, 16, torch.int8).data_ptr() == own.data_ptr() != other.data_ptr()
 
 
 @pytest.mark.gpu
