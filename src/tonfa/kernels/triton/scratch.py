@@ -1,8 +1,8 @@
 """The buffer that weights are expanded into, shared by all layers that one thread runs on one stream.
 
-Of two threads on the same stream each has its own: one's expansion may come between the other's and its product. It is as
-large as the largest layer that was packed. A CUDA graph holds addresses: buffers that have been outgrown are kept, so
-that a graph captured before stays valid.
+Of two threads on the same stream each has its own: one's expansion may come between the other's and its product. It is
+as large as the largest layer that was packed. A CUDA graph holds addresses: buffers that have been outgrown are kept,
+so that a graph captured before stays valid.
 """
 
 from __future__ import annotations
