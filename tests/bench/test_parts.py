@@ -8,7 +8,7 @@ import pytest
 from bench_cases import H200
 
 from tonfa.bench.ceilings import Ceilings
-from tonfa.bench.parts import IDLE, PARTS, Kernel, Shares, by_part, classify, described, floors
+from tonfa.bench.parts import IDLE, PARTS, Kernel, Shares, by_part, classify, described, floors, last
 from tonfa.bench.synthetic import FULL
 from tonfa.bench.work import flux_work
 
@@ -93,6 +93,12 @@ def test_shares_of_a_step_that_the_profiler_slowed_down() -> None:
         "products": 15.0,
         "attention": 5.0,
     }
+
+
+def test_kernels_of_the_last_of_several_steps() -> None:
+    steps = [in_turn(("product", 1.0 + i), ("flash", 2.0)) for i in range(3)]
+    found = [Kernel(k.name, k.start + 100 * i, k.end + 100 * i) for i, step in enumerate(steps) for k in step]
+    assert last(found[::-1], 3) == found[-2:]
 
 
 WORK = flux_work(FULL, 1024, 1024, 1, 512, 32)
