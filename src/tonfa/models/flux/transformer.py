@@ -256,7 +256,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     def set_weights(self, weights: str) -> SVDQFluxTransformer2DModel:
         """Keep weights in 4 bits alone ("int4", the default), or expanded beside them ("fp8"). Returns the model.
 
-        "fp8" takes 12 GB more for FLUX.1 and saves the pass that expands a layer's weights before each product, on
+        "fp8" takes 8 GiB more for FLUX.1 and saves the pass that expands a layer's weights before each product, on
         Hopper GPUs with activations="fp8". The outputs are equal. Raises UnsupportedError for another name here, and in
         the first step where the device has no such form.
         """
