@@ -119,6 +119,7 @@ def quantize(
     from tonfa.models.flux.plan import flux_dims, flux_plan
     from tonfa.quantizer.recipe import named_recipe
     from tonfa.quantizer.stream import quantize_checkpoint
+    from tonfa.quantizer.workspace import unfinished
 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or add --overwrite")
@@ -150,7 +151,7 @@ def quantize(
         console.print(f"recipe     {recipe}, rank {rank}, {chosen.iterations} iterations, {dtype}, on {place}")
         if calibration is not None:
             _describe(console, calibration)
-        partial = out.with_name(out.name + ".partial")
+        partial = unfinished(out)
         if partial.exists():
             console.print(f"resuming   {partial}")
         report = quantize_checkpoint(
