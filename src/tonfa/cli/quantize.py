@@ -14,6 +14,7 @@ from tonfa.cli.console import duration, progress, size, stderr
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.images import check_side
 from tonfa.cli.options import (
+    HIGHEST_GUIDANCE,
     Activations,
     DeviceOption,
     DtypeOption,
@@ -79,7 +80,10 @@ def quantize(
         int | None, typer.Option(min=1, help="Of a calibration picture.", show_default="20; 4 without guidance")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Of a calibration picture.", show_default="10 with control, else 3.5")
+        float | None,
+        typer.Option(
+            min=0, max=HIGHEST_GUIDANCE, help="Of a calibration picture.", show_default="10 with control, else 3.5"
+        ),
     ] = None,
     picture_size: Annotated[
         int | None, typer.Option("--size", help="Side of a calibration picture.", show_default="the model's")
