@@ -229,8 +229,11 @@ def _describe(console: Console, calibration: FluxCalibration) -> None:
     )
 
 
-def find_transformer(model: str, subfolder: str) -> Path:
-    """The local folder of the transformer: in a pipeline's folder, the folder itself, or downloaded."""
+def find_transformer(model: str, subfolder: str, what: str = "MODEL") -> Path:
+    """The local folder of the transformer: in a pipeline's folder, the folder itself, or downloaded.
+
+    `what` names the argument in errors.
+    """
     from tonfa.checkpoint.files import resolve
     from tonfa.checkpoint.reading import exists, local_path
 
@@ -238,7 +241,7 @@ def find_transformer(model: str, subfolder: str) -> Path:
     if exists(local) and local.is_dir():
         return local / subfolder if (local / subfolder).is_dir() else local
     if exists(local) or model.strip("/").count("/") != 1:
-        raise CheckpointError(f"MODEL: {model} is no folder here, nor a Hub id such as org/name")
+        raise CheckpointError(f"{what}: {model} is no folder here, nor a Hub id such as org/name")
     return resolve(model, subfolder=subfolder or None)
 
 
