@@ -75,6 +75,22 @@ class Availability:
     note: str
 
 
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """The device of this name or number. Raises UnsupportedError where none holds weights and computes."""
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(
+            f"device={device!r} is none that PyTorch has here; try 'cpu' or 'cuda': {error}"
+        ) from error
+    reason = reason_against_gpu(place) if place.type == "cuda" else None
+    if place.type == "meta":
+        reason = "it keeps no weights, so that nothing can be loaded to it"
+    if reason is not None:
+        raise UnsupportedError(f"device={device!r}: {reason}; 'cpu' runs everywhere")
+    return place
+
+
 def default_activations(device: torch.device) -> Activations:
     """The policy that is taken where the user names none: the fastest that can be computed natively here.
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from tonfa.checkpoint.reading import check_regular
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.ops.choice import parse
 
@@ -102,15 +103,16 @@ class DepthPreprocessor:
 
 def open_rgb(path: Path) -> Image.Image:
     """A file's picture upright, in RGB. Raises CheckpointError where it is missing or no complete picture."""
-    if not path.is_file():
-        raise CheckpointError(f"no file {path}")
+    check_regular(path)
     try:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))[0]
     except UnidentifiedImageError as error:
-        raise CheckpointError(f"{path} is no picture in a known format") from error
+        raise CheckpointError(f"{path}: is no picture in a known format") from error
+    except FormatError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CheckpointError(f"{path} is damaged or too large: {error}") from error
+        raise CheckpointError(f"{path}: is damaged or too large: {error}") from error
 
 
 def to_rgb(image: Any) -> list[Image.Image]:
@@ -146,10 +148,15 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit gray, the usual form of measured depth: Pillow's own conversion would clip everything above 255.
         gray = np.asarray(image).astype(np.float32)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise FormatError(
+                f"an image of integers from {gray.min():.0f} to {gray.max():.0f} is neither of 8 nor of 16 bits; "
+                "scale it to 0 to 65535"
+            )
         scaled = gray / 257 if gray.max() > 255 else gray
         image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
-        return _array_to_rgb(np.asarray(image), "image in mode F", image.size, "values from 0 to 1")[0]
+        return _array_to_rgb(np.asarray(image), "image", image.size, "values from 0 to 1")[0]
     return image.convert("RGB")
 
 

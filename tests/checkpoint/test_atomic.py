@@ -125,3 +125,41 @@ def test_a_full_folder_needs_to_be_allowed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         check_output(tmp_path, overwrite=False)
     check_output(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("there", ["empty", "full", "nothing"])
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path: Path, there: str) -> None:
+    link, out = tmp_path / "link", tmp_path / "disk" / "out"
+    out.parent.mkdir()
+    link.symlink_to(out)
+    if there != "nothing":
+        out.mkdir()
+    if there == "full":
+        (out / "config.json").write_text("old")
+    with new_folder(link, overwrite=True) as folder:
+        assert folder.parent == out.parent.resolve()  # on the same disk as what it becomes
+        (folder / "config.json").write_text("new")
+    assert link.is_symlink() and (link / "config.json").read_text() == "new"
+    assert names(tmp_path) == ["disk", "link"] and names(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("name", [".", "", "../here", "../link"])
+def test_the_current_folder_is_not_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="is the current folder, which cannot be replaced; name a folder in it"):
+        check_output(Path(name), overwrite=True)
+
+
+def test_a_mounted_disk_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic.os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(CheckpointError, match="a disk is mounted there.*name a folder in it"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_a_folder_named_from_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "deep")
+    with pytest.raises(CheckpointError, match=r"\.\.: holds 'deep', which is no part"):
+        check_output(Path(".."), overwrite=True)

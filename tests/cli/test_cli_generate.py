@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging.handlers
 import shutil
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,9 @@ def test_pictures_that_are_finished_are_kept(
         (("--seed", 2**63), "seeds are below 2**63"),
         (("--max-sequence-length", 513), "--max-sequence-length"),
         (("--guidance", -1), "--guidance"),
+        (("--guidance", "inf"), "--guidance"),
+        (("--height", 16_016), "16016 is too large: at most 16000 pixels a side"),
+        (("--width", 10**30), "is too large: at most 16000 pixels a side"),
         (("--dtype", "float8"), "'float8' is not one of"),
         (("--activations", "int3"), "'int3' is not one of"),
         (("--device", "tpu"), "'tpu' is none of"),
@@ -279,11 +283,17 @@ def test_bad_control_images(tonfa, depth_pipeline: Path, depth_map: Path, tmp_pa
         assert result.exit_code == 1 and result.stdout == ""
         return result.stderr
 
-    assert "--control-image: no file" in run(tmp_path / "missing.png")
+    assert f"--control-image: {tmp_path / 'missing.png'}: no such file" in run(tmp_path / "missing.png")
+    assert f"--control-image: {tmp_path}: is no file but a folder" in run(tmp_path)
+    assert "cannot be read: File name too long" in run(tmp_path / f"{'n' * 300}.png")
     (tmp_path / "text.png").write_text("no picture")
     assert "is no picture in a known format" in run(tmp_path / "text.png")
     (tmp_path / "cut.png").write_bytes(depth_map.read_bytes()[:-60])
     assert "is damaged" in run(tmp_path / "cut.png")
+    Image.fromarray(np.full((16, 16), 255, np.float32)).save(tmp_path / "floats.tif")
+    assert f"--control-image: {tmp_path / 'floats.tif'}: an image of floats must lie" in run(tmp_path / "floats.tif")
+    Image.fromarray(np.full((16, 16), 70_000, np.int32)).save(tmp_path / "deep.tif")
+    assert "deep.tif: an image of integers from 70000 to 70000" in run(tmp_path / "deep.tif")
 
 
 def test_missing_gpu_and_backend(tonfa, depth_pipeline: Path, depth_map: Path, tmp_path: Path) -> None:
@@ -291,6 +301,8 @@ def test_missing_gpu_and_backend(tonfa, depth_pipeline: Path, depth_map: Path, t
     assert "--device cuda:77" in tonfa(*command, "--device", "cuda:77").stderr
     damaged = tonfa(*command, "--transformer", depth_pipeline / "transformer")
     assert damaged.exit_code == 1 and "not quantized" in damaged.stderr
+    whole = tonfa(*command, "--transformer", depth_pipeline)
+    assert whole.exit_code == 1 and f"give {depth_pipeline / 'transformer'}" in whole.stderr
 
 
 def test_the_depth_model_is_that_of_the_preprocessor() -> None:
@@ -311,7 +323,7 @@ def test_images_are_opened_upright(tmp_path: Path) -> None:
     Image.fromarray(deep).save(tmp_path / "deep.png")
     opened = np.asarray(open_image(tmp_path / "deep.png", "--image"))
     assert np.abs(opened[..., 0] - deep / 257).max() <= 0.5
-    with pytest.raises(CheckpointError, match="--image: no file"):
+    with pytest.raises(CheckpointError, match="--image: .*is no file but a folder"):
         open_image(tmp_path, "--image")
 
 
@@ -323,16 +335,32 @@ def test_output_names(tmp_path: Path) -> None:
     assert output_paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
     assert output_paths(tmp_path / "a.b.jpg", 2) == [tmp_path / "a.b-0.jpg", tmp_path / "a.b-1.jpg"]
     assert output_paths(tmp_path / "new" / "folder", 1) == [tmp_path / "new" / "folder" / "image.png"]
-    assert (tmp_path / "new" / "folder").is_dir()
+    assert output_paths(f"{tmp_path}/v1.5/", 1) == [tmp_path / "v1.5" / "image.png"]
+    assert list(tmp_path.iterdir()) == []  # the folder comes with the first picture
+    (tmp_path / "v2.0").mkdir()
+    assert output_paths(tmp_path / "v2.0", 1) == [tmp_path / "v2.0" / "image.png"]
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UnsupportedError, match="cannot be made"):
-        output_paths(tmp_path / "file" / "a.png", 1)
+    for under in ("file/a.png", "file/new/a.png", "file/"):
+        with pytest.raises(UnsupportedError, match=f"--output: {tmp_path / 'file'} is no folder"):
+            output_paths(f"{tmp_path}/{under}", 1)
 
 
-def test_output_folder_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write everywhere
-    with pytest.raises(UnsupportedError, match="cannot be written to"):
-        output_paths(tmp_path / "a.png", 1)
+def test_what_cannot_be_written_is_said_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v2" / "image-1.png").mkdir(parents=True)
+    with pytest.raises(UnsupportedError, match=r"image-1\.png is a folder, and a picture"):
+        output_paths(tmp_path / "v2", 2)
+    with pytest.raises(UnsupportedError, match="File name too long"):
+        output_paths(tmp_path / f"{'n' * 249}.png", 11)  # one digit fits, two do not
+    assert len(output_paths(tmp_path / f"{'n' * 249}.png", 10)) == 10
+
+    def read_only(dir: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)  # root may write everywhere
+    with pytest.raises(UnsupportedError, match=f"the folder {tmp_path} cannot be written to: Read-only file system"):
+        output_paths(tmp_path / "new" / "a.png", 1)
 
 
 def test_a_picture_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,10 +373,60 @@ def test_a_picture_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"a\.png: no space left on the disk"):
         write_image(image, tmp_path / "a.png")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_a_picture_has_any_name_that_a_file_can_have(tmp_path: Path) -> None:
+    path = tmp_path / "new" / f"{'n' * 251}.png"
+    write_image(Image.new("RGB", (8, 8), "blue"), path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert (pixels(path) == (0, 0, 255)).all()
+
+
+def test_a_failure_leaves_no_folder(tonfa, depth_pipeline: Path, tmp_path: Path) -> None:
+    command = ("generate", depth_pipeline, "-p", "cat", "--control-image", tmp_path / "missing.png")
+    assert tonfa(*command, "-o", tmp_path / "new" / "folder").exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_control_image_too_large_to_draw(tonfa, depth_pipeline: Path, checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("L", (20_000, 16)).save(tmp_path / "wide.png")
+    command = ("generate", depth_pipeline, "--transformer", checkpoint, "-p", "cat", *SHORT, "-o", tmp_path / "o.png")
+    refused = tonfa(*command, "--control-image", tmp_path / "wide.png")
+    assert refused.exit_code == 1 and "choose a size with --width and --height" in refused.stderr
+    drawn = tonfa(*command, "--control-image", tmp_path / "wide.png", "--width", 32)
+    assert drawn.exit_code == 0 and pixels(tmp_path / "o.png").shape == (16, 32, 3)
+
+
+def test_no_memory_to_draw(
+    tonfa, depth_pipeline: Path, checkpoint: Path, depth_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("tonfa.cli.pipeline.draw", full)
+    command = ("generate", depth_pipeline, "--transformer", checkpoint, "-p", "cat", "--control-image", depth_map)
+    result = tonfa(*command, *SHORT, "-o", tmp_path / "o.png")
+    assert result.exit_code == 1
+    assert "error: out of memory while drawing 64 x 48 pixels; draw smaller with --width" in result.stderr
+
+
+def test_float16_on_a_cpu_draws_without_warnings(
+    tonfa, depth_pipeline: Path, checkpoint: Path, depth_map: Path, tmp_path: Path
+) -> None:
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("diffusers").addHandler(said)
+    try:
+        command = ("generate", depth_pipeline, "--transformer", checkpoint, "-p", "cat", *SHORT, "--dtype", "float16")
+        result = tonfa(*command, "-o", tmp_path / "o.png", "--control-image", depth_map)
+    finally:
+        logging.getLogger("diffusers").removeHandler(said)
+    assert result.exit_code == 0 and "device       cpu, float16" in result.stderr
+    assert [record.getMessage() for record in said.buffer] == []
+    assert pixels(tmp_path / "o.png").std() > 1
 
 
 def test_nan_is_an_error_that_names_the_step() -> None:

@@ -43,6 +43,8 @@ def test_errors_against_dense_weights(tonfa, folders: tuple[Path, Path]) -> None
     (file,) = dense.glob("*.safetensors")
     of_file = tonfa("verify", quantized, "--against", file, "--json")
     assert json.loads(of_file.stdout)["errors"] == json.loads(result.stdout)["errors"]
+    missing = tonfa("verify", quantized, "--against", "nowhere")
+    assert missing.exit_code == 1 and "error: --against: nowhere is no folder here" in missing.stderr
     wrong = tonfa("verify", quantized, "--against", dense / "config.json")
     assert wrong.exit_code == 1 and "config.json: is truncated or damaged" in wrong.stderr
 

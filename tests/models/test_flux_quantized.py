@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,3 +224,33 @@ def test_unknown_and_unsupported_options(folder: Path) -> None:
         SVDQFluxTransformer2DModel.from_pretrained(folder, activations="int3")
     with pytest.raises(UnsupportedError, match="dtype='half' is unknown; choose one of bfloat16, float16, float32"):
         SVDQFluxTransformer2DModel.from_pretrained(folder, torch_dtype="half")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device='gpu' is none that PyTorch has here; try 'cpu' or 'cuda'"),
+        (77, "device=77"),  # the number of a GPU, as are all numbers
+        ("cuda:77", "device='cuda:77': no CUDA device"),
+        ("meta", "device='meta': it keeps no weights"),
+        ([], "is none that PyTorch has here"),
+    ],
+)
+def test_devices_that_are_not_there(tmp_path: Path, device: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):  # before the folder is looked for
+        SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "nowhere", device=device)
+
+
+def test_the_device_of_number_0_is_a_gpu(folder: Path) -> None:
+    if torch.cuda.is_available():
+        assert SVDQFluxTransformer2DModel.from_pretrained(folder, device=0).device == torch.device("cuda", 0)
+    else:
+        with pytest.raises(UnsupportedError, match="device=0"):
+            SVDQFluxTransformer2DModel.from_pretrained(folder, device=0)
+
+
+def test_a_folder_may_be_named_like_a_file(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "int4.safetensors")
+    loaded = SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "int4.safetensors").state_dict()
+    for name, tensor in SVDQFluxTransformer2DModel.from_pretrained(folder).state_dict().items():
+        assert torch.equal(loaded[name], tensor), name

@@ -143,6 +143,18 @@ def test_resumes_where_it_was_stopped(dense: Path, tmp_path: Path, name: str, er
     assert not partial.exists()
 
 
+def test_a_link_to_a_folder_is_followed(dense: Path, tmp_path: Path) -> None:
+    quantize(dense, tmp_path / "whole")
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(dense, tmp_path / "link", progress=stop_at(LINEARS[12], KeyboardInterrupt()))
+    assert (tmp_path / "disk" / "out.partial").is_dir()
+    assert quantize(dense, tmp_path / "link").resumed == 10
+    assert (tmp_path / "link").is_symlink() and files(tmp_path / "link") == files(tmp_path / "whole")
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["out"]
+
+
 def test_resumes_after_any_failed_write(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rename in turn is the one that a stop prevents; the next run finishes with the same bytes."""
     quantize(dense, tmp_path / "whole")

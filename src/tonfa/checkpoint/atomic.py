@@ -62,12 +62,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(text.encode())
 
 
+def destination(out: Path) -> Path:
+    """The folder that `out` means, with a name of its own: what a link leads to, so that the link stays.
+
+    Raises CheckpointError for folders that no other can be renamed to.
+    """
+    found = Path(os.path.realpath(out)) if out.is_symlink() or out.name in ("", "..") else out
+    if os.path.ismount(found):
+        raise CheckpointError(f"{out}: a disk is mounted there, so the folder cannot be replaced; name a folder in it")
+    if found.exists() and found.samefile(os.curdir):
+        raise CheckpointError(f"{out}: is the current folder, which cannot be replaced; name a folder in it")
+    return found
+
+
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise CheckpointError unless a checkpoint may be written to the folder `out`.
 
     A folder that is not empty is replaced only on request, and only if it holds nothing but a checkpoint's files.
     """
-    if not out.exists():
+    if not destination(out).exists():
         return
     if not out.is_dir():
         raise CheckpointError(f"{out}: is a file; name a folder to write to")
@@ -81,7 +94,7 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Rename a finished folder to `out`, in place of what `check_output` has allowed to be replaced."""
+    """Rename a finished folder to the `destination` `out`, in place of what `check_output` has allowed to go."""
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +115,7 @@ def publish(folder: Path, out: Path) -> None:
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill that becomes `out` if the block succeeds and vanishes if it does not."""
     check_output(out, overwrite)
+    out = destination(out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with explained(out):
         temporary.mkdir(parents=True)

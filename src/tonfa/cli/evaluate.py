@@ -15,6 +15,7 @@ from tonfa.cli.console import duration, progress, stderr
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.images import check_side, nearest_multiple, open_image, write_image
 from tonfa.cli.options import (
+    HIGHEST_GUIDANCE,
     LONGEST_TEXT,
     ActivationsOption,
     DeviceOption,
@@ -64,7 +65,8 @@ def evaluate(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance scale.", show_default="10 with control, else 3.5")
+        float | None,
+        typer.Option(min=0, max=HIGHEST_GUIDANCE, help="Guidance scale.", show_default="10 with control, else 3.5"),
     ] = None,
     height: Annotated[
         int | None, typer.Option(help="Multiple of 16.", show_default="the first control image's, else the model's")
@@ -114,7 +116,7 @@ def evaluate(
 
     from tonfa.checkpoint.atomic import write_json
     from tonfa.cli.evaluate_tables import print_comparisons
-    from tonfa.cli.pipeline import Placement, assemble, quieten_libraries
+    from tonfa.cli.pipeline import Placement, assemble, quieten_libraries, to_device
 
     quieten_libraries()
     from tonfa.dispatch import bind
@@ -134,7 +136,7 @@ def evaluate(
 
     started = time.perf_counter()
     pipe = assemble(model, {"transformer": load_candidate(str(dense), placement)}, control, placement)
-    pipe = pipe.to(placement.device)
+    pipe = to_device(pipe, placement)
     default_height, default_width = _default_size(pipe, problems[0])
     settings = Settings(
         height or default_height,

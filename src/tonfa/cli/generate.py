@@ -10,8 +10,9 @@ import typer
 
 from tonfa.cli.console import duration, progress, stderr
 from tonfa.cli.failures import Debug, command
-from tonfa.cli.images import check_side, nearest_multiple, open_image, output_paths, write_image
+from tonfa.cli.images import LARGEST, check_side, nearest_multiple, open_image, output_paths, write_image
 from tonfa.cli.options import (
+    HIGHEST_GUIDANCE,
     LONGEST_TEXT,
     ActivationsOption,
     AttentionOption,
@@ -23,6 +24,7 @@ from tonfa.cli.options import (
     parse_device,
     parse_dtype,
 )
+from tonfa.errors import UnsupportedError
 from tonfa.models.flux.guidance import choose_guidance
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tonfa.cli.pipeline import Placement
+
+MEMORY_REMEDY = "draw smaller with --width and --height, fewer at once with --batch-size, or add --offload on a GPU"
 
 
 @command(interrupted="pictures that were finished are kept")
@@ -49,7 +53,8 @@ def generate(
     ] = "LiheYoung/depth-anything-large-hf",
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance scale.", show_default="10 with control, else 3.5")
+        float | None,
+        typer.Option(min=0, max=HIGHEST_GUIDANCE, help="Guidance scale.", show_default="10 with control, else 3.5"),
     ] = None,
     height: Annotated[
         int | None, typer.Option(help="Multiple of 16.", show_default="the control image's, else the model's")
@@ -65,7 +70,9 @@ def generate(
     dtype: DtypeOption = "bfloat16",
     activations: ActivationsOption = None,
     attention: AttentionOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File, or folder for image.png.")] = Path("out.png"),
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="PATH", help="File, or folder for image.png.")
+    ] = "out.png",
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part that is running.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the paths of the pictures alone.")] = False,
     debug: Debug = False,
@@ -94,6 +101,7 @@ def generate(
     paths = output_paths(output, num_images)
 
     from tonfa.cli.pipeline import Settings, StepClock, describe_transformer, draw, examine, load
+    from tonfa.quantizer.memory import enough_memory
 
     placement = _placement(device, dtype, activations, attention, offload)
     facts = examine(model, transformer)
@@ -125,7 +133,7 @@ def generate(
     settings = Settings(prompt, height, width, steps, guidance, max_sequence_length, control)
     started = time.perf_counter()
     batches = -(-num_images // batch_size)
-    with progress(console) as bar:
+    with progress(console) as bar, enough_memory(f"drawing {width} x {height} pixels", MEMORY_REMEDY):
         task = bar.add_task("denoising", total=batches * steps, note="")
         seeds = list(range(seed, seed + num_images))
         clock = StepClock(lambda: bar.advance(task))
@@ -167,6 +175,11 @@ def _size(
     if control is None:
         return height or default, width or default
     chosen = height or nearest_multiple(control.height), width or nearest_multiple(control.width)
+    if max(chosen) > LARGEST:
+        raise UnsupportedError(
+            f"the control image is {control.width} x {control.height}, and at most {LARGEST} pixels a side are drawn; "
+            "choose a size with --width and --height"
+        )
     if chosen != (control.height, control.width):
         console.print(
             f"the control image is {control.width} x {control.height}: it is scaled to {chosen[1]} x {chosen[0]}"

@@ -31,6 +31,8 @@ AttentionOption = Annotated[
     ),
 ]
 
+HIGHEST_GUIDANCE = 1000
+"""Scales above it, and infinite ones, are mistakes: 3.5 to 30 are usual."""
 
 LONGEST_TEXT = 512
 """The longest prompt that FLUX's pipelines accept, in T5's tokens."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tonfa.checkpoint.reading import exists, local_path
 from tonfa.cli.sources import read_json
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.models.flux.plan import DENSE_CLASS, check_counts
@@ -100,7 +101,9 @@ def examine(model: str, transformer: str | None) -> Facts:
     else:
         config = read_json(transformer, "config.json", "--transformer")
     if config is None:
-        raise CheckpointError(f"{transformer or model}: it has no config.json of a transformer")
+        own = None if transformer is None else local_path(transformer) / "transformer"
+        hint = f"; give {own}" if own is not None and exists(own) else ""
+        raise CheckpointError(f"{transformer or model}: it has no config.json of a transformer{hint}")
     # Nunchaku's folders do not say of themselves that they are quantized; nothing else is taken as --transformer.
     quantized = transformer is not None or config.get("quantization_config") is not None
     return Facts(takes_control(config), quantized, config)
@@ -177,14 +180,21 @@ def load(model: str, transformer: str | None, control: bool, placement: Placemen
         pipe.transformer.set_activations(placement.activations)
     if not components and placement.attention is not None:
         pipe.transformer.set_attention(placement.attention)
+    return to_device(pipe, placement)
+
+
+def to_device(pipe: Any, placement: Placement) -> Any:
+    """The pipeline on its device, or ready to go there a part at a time. From here on Diffusers may speak again."""
     if placement.offload:
         pipe.enable_model_cpu_offload(device=placement.device)
-        return pipe
-    return pipe.to(placement.device)
+    else:
+        pipe = pipe.to(placement.device)  # warns of float16 on CPUs, which draws well
+    prompts_may_be_cut()
+    return pipe
 
 
 def assemble(model: str, components: Mapping[str, Any], control: bool, placement: Placement) -> Any:
-    """The pipeline on the CPU, with `components` in place of the model's own."""
+    """The pipeline on the CPU, for `to_device`, with `components` in place of the model's own."""
     quieten_libraries()
     from diffusers import FluxControlPipeline, FluxPipeline
 
@@ -195,7 +205,6 @@ def assemble(model: str, components: Mapping[str, Any], control: bool, placement
         pipe = pipeline_class.from_pretrained(model, dtype=placement.dtype, **components)
     except ValueError as error:
         raise CheckpointError(f"model {model}: it does not load: {error}") from error
-    prompts_may_be_cut()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

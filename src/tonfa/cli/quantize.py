@@ -14,6 +14,7 @@ from tonfa.cli.console import duration, progress, size, stderr
 from tonfa.cli.failures import Debug, command
 from tonfa.cli.images import check_side
 from tonfa.cli.options import (
+    HIGHEST_GUIDANCE,
     Activations,
     DeviceOption,
     DtypeOption,
@@ -79,7 +80,10 @@ def quantize(
         int | None, typer.Option(min=1, help="Of a calibration picture.", show_default="20; 4 without guidance")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Of a calibration picture.", show_default="10 with control, else 3.5")
+        float | None,
+        typer.Option(
+            min=0, max=HIGHEST_GUIDANCE, help="Of a calibration picture.", show_default="10 with control, else 3.5"
+        ),
     ] = None,
     picture_size: Annotated[
         int | None, typer.Option("--size", help="Side of a calibration picture.", show_default="the model's")
@@ -119,6 +123,7 @@ def quantize(
     from tonfa.models.flux.plan import flux_dims, flux_plan
     from tonfa.quantizer.recipe import named_recipe
     from tonfa.quantizer.stream import quantize_checkpoint
+    from tonfa.quantizer.workspace import unfinished
 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointError(f"{out}: exists and is not empty; choose another folder or add --overwrite")
@@ -150,7 +155,7 @@ def quantize(
         console.print(f"recipe     {recipe}, rank {rank}, {chosen.iterations} iterations, {dtype}, on {place}")
         if calibration is not None:
             _describe(console, calibration)
-        partial = out.with_name(out.name + ".partial")
+        partial = unfinished(out)
         if partial.exists():
             console.print(f"resuming   {partial}")
         report = quantize_checkpoint(
@@ -224,8 +229,11 @@ def _describe(console: Console, calibration: FluxCalibration) -> None:
     )
 
 
-def find_transformer(model: str, subfolder: str) -> Path:
-    """The local folder of the transformer: in a pipeline's folder, the folder itself, or downloaded."""
+def find_transformer(model: str, subfolder: str, what: str = "MODEL") -> Path:
+    """The local folder of the transformer: in a pipeline's folder, the folder itself, or downloaded.
+
+    `what` names the argument in errors.
+    """
     from tonfa.checkpoint.files import resolve
     from tonfa.checkpoint.reading import exists, local_path
 
@@ -233,7 +241,7 @@ def find_transformer(model: str, subfolder: str) -> Path:
     if exists(local) and local.is_dir():
         return local / subfolder if (local / subfolder).is_dir() else local
     if exists(local) or model.strip("/").count("/") != 1:
-        raise CheckpointError(f"MODEL: {model} is no folder here, nor a Hub id such as org/name")
+        raise CheckpointError(f"{what}: {model} is no folder here, nor a Hub id such as org/name")
     return resolve(model, subfolder=subfolder or None)
 
 

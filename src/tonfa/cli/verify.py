@@ -44,7 +44,7 @@ def verify(
     if against is not None:
         dense = local_path(against)
         if not (exists(dense) and dense.is_file()):
-            dense = find_transformer(against, "transformer")
+            dense = find_transformer(against, "transformer", "--against")
             read_flux_config(dense)
     report = verify_checkpoint(local_path(path), dense)
     if as_json:

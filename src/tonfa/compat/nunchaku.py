@@ -39,7 +39,7 @@ class NunchakuFluxTransformer2dModel(SVDQFluxTransformer2DModel):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         torch_dtype: torch.dtype | str | None = torch.bfloat16,
         precision: str | None = None,
         offload: bool = False,
@@ -53,8 +53,9 @@ class NunchakuFluxTransformer2dModel(SVDQFluxTransformer2DModel):
             raise UnsupportedError("offload=True: call enable_sequential_cpu_offload() on the pipeline instead")
         if return_metadata:
             raise UnsupportedError("return_metadata=True: read the metadata with safetensors.safe_open")
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return super().from_pretrained(pretrained_model_name_or_path, device=place, torch_dtype=torch_dtype, **options)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return super().from_pretrained(pretrained_model_name_or_path, device=device, torch_dtype=torch_dtype, **options)
 
     def set_attention_impl(self, impl: str) -> None:
         """Accepted for Nunchaku's own choices; the attention belongs to the kernels of the device here."""

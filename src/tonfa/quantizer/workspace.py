@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tonfa.checkpoint.atomic import check_output, explained, publish, write_json
+from tonfa.checkpoint.atomic import check_output, destination, explained, publish, write_json
 from tonfa.checkpoint.reading import read_json
 from tonfa.checkpoint.shards import write_index
 from tonfa.checkpoint.strict import Spec
@@ -29,6 +29,12 @@ _CONTENT = "checkpoint"
 _SAMPLES = "samples"
 
 
+def unfinished(out: Path) -> Path:
+    """The folder in which a checkpoint to the folder `out` grows."""
+    out = destination(out)
+    return out.with_name(out.name + ".partial")
+
+
 class Workspace:
     """A checkpoint under way to the folder `out`, locked for one process while its context is open."""
 
@@ -39,8 +45,8 @@ class Workspace:
         one is going on.
         """
         check_output(out, overwrite)
-        self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self.out = destination(out)
+        self.folder = unfinished(out)
         self.content, self.samples = self.folder / _CONTENT, self.folder / _SAMPLES
         self._fingerprint = dict(fingerprint)
         self._errors: dict[str, dict[str, float]] = {}

@@ -36,6 +36,8 @@ class Opened:
 def is_single_file(source: str | Path) -> bool:
     """Whether this names a file, here or on the Hub, rather than a folder."""
     local = local_path(source)
+    if exists(local) and local.is_dir():
+        return False
     return str(source).endswith(_SINGLE_FILE) or (exists(local) and local.is_file())
 
 

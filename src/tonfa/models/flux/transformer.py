@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tonfa.checkpoint import native
 from tonfa.checkpoint.strict import dtype_name
+from tonfa.dispatch import usable_device
 from tonfa.errors import CheckpointError, FormatError, UnsupportedError
 from tonfa.formats import GROUP_SIZE
 from tonfa.layers.linear import SVDQLinear
@@ -138,7 +139,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         *,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         activations: str | None = None,
         attention: str = DEFAULT_ATTENTION,
         subfolder: str | None = None,
@@ -150,11 +151,12 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     ) -> SVDQFluxTransformer2DModel:
         """Load a 4-bit checkpoint, local or on the Hub: native, Nunchaku's folder or file, Diffusers' `nunchaku_lite`.
 
-        A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository.
+        A Hub id is `org/name`, or `org/name/file.safetensors` for a file of that repository. `device` is the CPU if not
+        given.
         `dtype` (or `torch_dtype`) casts scales and 16-bit weights, `torch.float16` or "float16"; None and "auto" keep
         the checkpoint's. `activations` is the policy of `set_activations`, `attention` the choice of `set_attention`.
         Raises CheckpointError, naming file and tensor, for what is missing, truncated, misshapen or of another kind,
-        and TypeError for unknown options.
+        UnsupportedError for values that are not known or a device that is not there, TypeError for unknown options.
         """
         for name, value in options.items():
             if name not in _RESERVED_LOADING_OPTIONS:
@@ -164,6 +166,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         parse_attention(attention)
         if activations is not None:
             parse_activations(activations)
+        place = usable_device("cpu" if device is None else device)
+        kind = _dtype(torch_dtype if dtype is None else dtype)
         opened = open_checkpoint(
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -175,7 +179,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         model = cls._on_meta(opened.config, f"{opened.where}: config")
         spec = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         source = opened.tensors(spec)
-        tensors = native.read(source, spec, opened.where, device=device or "cpu", dtype=_dtype(dtype or torch_dtype))
+        tensors = native.read(source, spec, opened.where, device=place, dtype=kind)
         return model._filled(tensors).set_activations(activations).set_attention(attention)
 
     @classmethod

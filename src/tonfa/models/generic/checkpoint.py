@@ -20,6 +20,7 @@ from tonfa.checkpoint.shards import DEFAULT_SHARD_SIZE
 from tonfa.checkpoint.strict import Spec, check
 from tonfa.checkpoint.tensors import TensorFolder
 from tonfa.checkpoint.values import check_values
+from tonfa.dispatch import usable_device
 from tonfa.errors import CheckpointError, UnsupportedError
 from tonfa.layers.linear import SVDQLinear
 from tonfa.layers.modulation import W4A16Linear
@@ -68,7 +69,7 @@ def save_model(
 
 
 def load_model(
-    model: Model, folder: str | Path, *, device: torch.device | str = "cpu", activations: str | None = None
+    model: Model, folder: str | Path, *, device: torch.device | str | int = "cpu", activations: str | None = None
 ) -> Model:
     """Fill a dense model of the saved one's class and configuration; the model itself is changed, and returned.
 
@@ -76,7 +77,7 @@ def load_model(
     holds. Tensors keep the dtypes that were saved. Raises CheckpointError, naming tensor or linear, for a folder that
     does not fit the model; the model is then as it was.
     """
-    path = Path(folder)
+    place, path = usable_device(device), Path(folder)
     config = native.read_config(path)
     entries = _entries(config["quantization_config"], model, str(path / native.CONFIG))
     source, expected = TensorFolder(path), _expected(model, entries)
@@ -86,7 +87,7 @@ def load_model(
         raise CheckpointError(f"{path}: does not hold {', '.join(missing)}; build the model outside of the meta device")
     tensors = {}
     for name in expected:
-        tensors[name] = source.read(name, device)
+        tensors[name] = source.read(name, place)
         check_values(name, tensors[name], str(path))
     replace_linears(model, {entry.name: _empty(entry) for entry in entries})
     model.load_state_dict(tensors, strict=True, assign=True)
