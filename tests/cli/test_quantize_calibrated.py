@@ -283,7 +283,7 @@ def test_bad_control_images(tonfa, depth_pipeline: Path, text_pipeline: Path, pr
         ((), 2, "the transformer is a control model"),
         (("--control-images", tmp_path / "none"), 1, "no folder"),
         (("--control-images", empty), 1, "is empty"),
-        (("--control-images", words), 1, "notes.png is no picture"),
+        (("--control-images", words), 1, "notes.png: is no picture"),
     ):
         options = ("--calibrate", prompts, *SMALL, *given)
         result = tonfa("quantize", depth_pipeline, "--out", tmp_path / "q", *options)
