@@ -201,7 +201,7 @@ def test_pictures_are_read_before_any_is_drawn(
 
     monkeypatch.setattr("tonfa.evaluate.compare.draw", never)
     (tmp_path / "cut.png").write_bytes((problems[1].control or tmp_path).read_bytes()[:-60])
-    with pytest.raises(CheckpointError, match=r"cut\.png is damaged"):
+    with pytest.raises(CheckpointError, match=r"cut\.png: is damaged"):
         Evaluation(pipe, [problems[0], replace(problems[1], control=tmp_path / "cut.png")], SETTINGS)
     Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(tmp_path / "small.png")
     with pytest.raises(FormatError, match=r"small\.png: is 16 x 16, the picture 48 x 32"):
