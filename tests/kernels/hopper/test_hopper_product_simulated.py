@@ -11,10 +11,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -226,32 +226,67 @@ def test_product_norm_rope(device: Device, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("m", "rank", "run", "dtype"), [(90, 16, 2, BF16), (9, 64, 1, FP16), (130, 0, 3, BF16)])
+@dataclass
+class Mlp:
+    """Two linears with a GELU between them; `run` tiles of 64 tokens share their sums."""
+
+    up: SVDQWeights
+    down: SVDQWeights
+    x: QuantizedActivation
+    call: Callable[[], list[Tensor]]
+    """Codes, scales and partial sums of the second one's input."""
+
+
+@pytest.fixture
+def mlp(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mlp]:
+    def build(m: int, k: int, inner: int, rank: int, run: int, dtype: torch.dtype = BF16) -> Mlp:
+        (up, x), (down, _) = make(m, inner, k, 16, dtype), make(1, 64, inner, rank, dtype)
+        plain, stored = quantized(x, up)
+        following = InputWeights(down.smooth_factor, down.proj_down, False, "fp8")
+        sums: list[Tensor] = []
+        monkeypatch.setattr(product, "add_lowrank", lambda partial, result: sums.append(partial[:, : result.rows]))
+        monkeypatch.setattr(tiles, "choose_run", lambda *_: (64, run))
+        weights, next_input = packed(up), inputs.pack_input(following)
+
+        def call() -> list[Tensor]:
+            found = product.product_gelu_quantize(stored, weights, next_input)
+            assert isinstance(found, HopperActivation)
+            return [found.codes[:, :m], found.scales, sums[-1]]
+
+        return Mlp(up, down, plain, call)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "rank", "run", "dtype"),
+    [(90, 320, 16, 2, BF16), (9, 192, 64, 1, FP16), (130, 320, 0, 3, BF16), (70, 832, 32, 3, BF16)],
+)
 def test_product_gelu_quantize(
-    m: int, rank: int, run: int, dtype: torch.dtype, device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    m: int, k: int, rank: int, run: int, dtype: torch.dtype, device: Device, mlp: Callable[..., Mlp],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Two blocks, so that one has several runs of tiles; 1536 channels or less are four, six or twelve of them."""
     inner = 256 * run * 2
-    (up, x), (down, _) = make(m, inner, 320, 16, dtype), make(1, 64, inner, rank, dtype)
-    plain, stored = quantized(x, up)
-    following = InputWeights(down.smooth_factor, down.proj_down, False, "fp8")
-    sums: list[Tensor] = []
-    monkeypatch.setattr(product, "add_lowrank", lambda partial, result: sums.append(partial[:, : result.rows]))
-    monkeypatch.setattr(tiles, "choose_run", lambda *_: (64, run))
-    weights, next_input = packed(up), inputs.pack_input(following)
-
-    def call() -> list[Tensor]:
-        found = product.product_gelu_quantize(stored, weights, next_input)
-        assert isinstance(found, HopperActivation)
-        return [found.codes[:, :m], found.scales, sums[-1]]
-
-    codes, scales, partial = alone_and_in_clusters(device, monkeypatch, call, 3)
-    y = REFERENCE.product(plain, REFERENCE.pack_product(up)).float()
+    made = mlp(m, k, inner, rank, run, dtype)
+    codes, scales, partial = alone_and_in_clusters(device, monkeypatch, made.call, 3)
+    y = REFERENCE.product(made.x, REFERENCE.pack_product(made.up)).float()
     exact = torch.nn.functional.gelu(y, approximate="tanh")
     values = layout.unpack_codes(codes, m, inner).float() * scales[:, None]
-    assert relative_error(values, exact / down.smooth_factor.float()) < 4e-2
+    assert relative_error(values, exact / made.down.smooth_factor.float()) < 4e-2
     if rank:
-        assert relative_error(partial.sum(0), exact @ down.proj_down.float()) < 1e-2
+        assert relative_error(partial.sum(0), exact @ made.down.proj_down.float()) < 1e-2
+
+
+def test_one_step_leaves_the_projection_to_another_kernel(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    (up, x), (down, _) = make(9, 256, 128, 16), make(1, 64, 256, 16)
+    plain, stored = quantized(x, up)
+    following = inputs.pack_input(InputWeights(down.smooth_factor, down.proj_down, False, "fp8"))
+    monkeypatch.setattr(product, "quantize_known", lambda y, w, absmax, arrived: (y, absmax))
+    y, absmax = cast(tuple[Tensor, Tensor], product.product_gelu_quantize(stored, packed(up), following))
+    exact = torch.nn.functional.gelu(REFERENCE.product(plain, REFERENCE.pack_product(up)).float(), approximate="tanh")
+    assert device.statuses == ["fine"] and relative_error(y, exact) < 1e-2
+    assert torch.equal(absmax, (y.float() * following.inverse).abs().amax(1))
 
 
 MISTAKES: dict[str, Changes] = {
@@ -260,40 +295,58 @@ MISTAKES: dict[str, Changes] = {
         ("shared.empty(i), 8 * CLUSTER", "shared.empty(i), 8"),
         ("if (lane < CLUSTER) barrier_arrive_at(empty, lane);", "if (lane == 0) barrier_arrive(empty);"),
     ),
-    "stages that are being read": (
-        ("      wgmma_wait<1>();\n", "      pending = shared.empty(ring.stage);\n"),
-        ("      pending = shared.empty(ring.stage);\n    }\n    wgmma_wait<0>();", "    }\n    wgmma_wait<0>();"),
-        ("    release(pending, lane);  // the last stage holds the scales\n", ""),
-    ),
-    "scales of a stage that is released": (
-        ("    const uint32_t scales =", "    release(pending, lane);\n    const uint32_t scales ="),
-        ("    release(pending, lane);  // the last stage holds the scales\n", ""),
-    ),
-    "half of the bytes expected": (("x_bytes + w_bytes + scale_bytes", "x_bytes / CLUSTER + w_bytes + scale_bytes"),),
+    "stages that are being read": (("    wgmma_wait<1>();\n    if (pending)", "    if (pending)"),),
+    "one tile's scales over those of the one before": (("SCALE_SLOTS = STAGES + 1", "SCALE_SLOTS = 1"),),
+    "half of the bytes expected": (("barrier_expect(bar, x_bytes +", "barrier_expect(bar, x_bytes / CLUSTER +"),),
     "its own half for itself alone": (("(1 << CLUSTER) - 1", "1 << rank_in_cluster()"),),
     "the same half twice": (("first = rank_in_cluster() * part", "first = 0"),),
     "stages that are not full": (
-        ("      barrier_wait(shared.full(ring.stage), ring.phase);\n      wgmma_fence", "      wgmma_fence"),
+        ("    barrier_wait(shared.full(ring.at), ring.phase);\n    wgmma_fence", "    wgmma_fence"),
     ),
     "a block that returns first": (
         ("    for (int i = 0; i < STAGES; ++i, ring.next()) barrier_wait", "    if (0) barrier_wait"),
     ),
     "blocks that do not wait for each other's barriers": (("    sync_cluster();", "    __syncthreads();"),),
-    "more tiles in one block": (("unit(blockIdx.x / CLUSTER)", "unit(blockIdx.x)"),),
+    "more tiles in one block": (("first = blockIdx.x / CLUSTER", "first = blockIdx.x"),),
 }
+
+
+MISTAKES_BEHIND_A_GELU: dict[str, Changes] = {
+    "a tile that is projected before its GELU": (("    barrier_wait(shared.taken(), phase);\n", ""),),
+    "a down-projection that is not there": (("    barrier_wait(shared.down_full(), phase);\n", ""),),
+    "a tile over one that is being projected": (
+        ("    if (behind) down.wait_for_all();\n", "    down.phase ^= behind;\n"),
+    ),
+    "the next down-projection over one that is used": (
+        ("    epilogue.prepare(tile);", "    epilogue.load_down(tile);\n    epilogue.prepare(tile);"),
+        ("    const int m0 = tile.m0();\n    load_down(tile);", "    const int m0 = tile.m0();"),
+    ),
+    "sums that begin with those of the run before": (("!first || j > 0", "1"),),
+}
+
+
+def seen(device: Device, mistake: Changes, call: Callable[[], list[Tensor]]) -> bool:
+    """In the status or the result of one of a few orders of things."""
+    expected = call()
+    device.changes = mistake
+    assert device.statuses == ["fine"]
+    for seed in range(1, 25):
+        device.seed = seed * 7919
+        found = call()
+        equal = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
+        if device.statuses[-1] != "fine" or not equal:
+            return True
+    return False
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_seen(mistake: str, device: Device) -> None:
-    """Those that this protocol could have: each shows in the status or the result of one of a few orders of things."""
-    w, x = make(150, 256, 896, 16)  # as many steps as stages: scales are loaded over scales
+    """Those that this protocol could have."""
+    w, x = make(150, 256, 896, 16)  # as many steps as stages
     stored, weights = quantized(x, w)[1], packed(w)
-    expected = product.product(stored, weights)
-    device.changes = MISTAKES[mistake]
-    assert device.statuses == ["fine"]
-    for seed in range(1, 25):
-        device.seed = seed * 7919
-        found = product.product(stored, weights)
-        if device.statuses[-1] != "fine" or not torch.equal(found, expected):
-            return
-    pytest.fail("not seen")
+    assert seen(device, MISTAKES[mistake], lambda: [product.product(stored, weights)])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_BEHIND_A_GELU)
+def test_mistakes_behind_a_gelu_are_seen(mistake: str, device: Device, mlp: Callable[..., Mlp]) -> None:
+    assert seen(device, MISTAKES_BEHIND_A_GELU[mistake], mlp(130, 832, 1024, 16, 2).call)

@@ -55,15 +55,17 @@ def product_gelu_quantize(
 ) -> QuantizedActivation:
     """The input of the next linear, with a scale of each row that is known from a bound before the row is.
 
-    Where the bound's ingredients are missing or the rank is too large, the product gathers the rows' largest
-    magnitudes and a second kernel quantizes.
+    Where the bound's ingredients are missing, the rank is too large or the channels are few, the product gathers the
+    rows' largest magnitudes and a second kernel quantizes.
     """
     assert isinstance(x, HopperActivation)
     if following.channels != w.out_features:
         raise FormatError(f"product_gelu_quantize: {w.out_features} channels go to a linear of {following.channels}")
     if w.columns != w.out_features:
         return fused.product_gelu_quantize(Primitives, x, w, following)
-    if x.norms is not None and following.rank <= _FUSED_RANK and w.out_features % tiles.CHANNELS == 0 and x.rows:
+    steps_beside = x.channels > tiles.CHANNELS  # the down-projection of a tile runs among those of the next one
+    whole_tiles = w.out_features % tiles.CHANNELS == 0
+    if x.norms is not None and following.rank <= _FUSED_RANK and whole_tiles and steps_beside and x.rows:
         return _product_gelu_quantize(x, x.norms, w, following)
     out = torch.empty((x.rows, w.out_features), dtype=x.dtype, device=x.codes.device)
     absmax, arrived = zeros(x.rows, x.codes.device)

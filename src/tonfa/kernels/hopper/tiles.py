@@ -7,24 +7,24 @@ from functools import lru_cache
 CHANNELS = 128
 CLUSTER = 2
 """Blocks that load the codes of their common tokens together, where tiles can be divided so; 1: each block alone."""
-_TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 96, 64, 32)
+_TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 64, 32)
 _SHARED = 232_448 - 1024
 _MANY_FINISHERS = 192  # tokens of the largest tile that leaves registers for seven warps
 _KEPT_RANK = 32  # of a down-projection whose sums fit beside those of the largest such tile
-_SLOT = 0.5  # microseconds: adding up sums of another block
+_SLOT_ROW = 0.0001  # microseconds: adding up a row's sums of another block
 _STEP, _STEP_TOKEN = 0.085, 0.0024  # microseconds of 128 channels of a tile on an H200, and of each of its tokens
 _END, _END_LARGEST = 0.0115, 0.0165  # of a token at the tile's end, with seven warps that finish and with three
 
 
 def _stage_bytes(tokens: int) -> int:
-    """Codes of x, weights, scales of the tokens."""
-    return tokens * 128 + CHANNELS * 128 + 1024
+    """Codes of x, weights, a place for a tile's scales."""
+    return tokens * 128 + CHANNELS * 128 + tokens * 4
 
 
 def _rest_bytes(tokens: int, down_rank: int | None) -> int:
-    """A finished tile, what a fused quantization needs of the next linear, barriers."""
+    """A finished tile and its scales, what a fused quantization needs of the next linear, barriers."""
     following = 0 if down_rank is None else down_rank * CHANNELS * 2 + CHANNELS * 4
-    return tokens * 256 + following + 256
+    return tokens * 256 + tokens * 4 + following + 256
 
 
 def stages(tokens: int, down_rank: int | None = None) -> int:
@@ -76,7 +76,7 @@ def choose_run(
     def cost(choice: tuple[int, int]) -> float:
         tokens, run = choice
         slots = -(-n_tiles // run)
-        return run * _cost(tokens, -(-rows // tokens) * slots, steps, multiprocessors) + _SLOT * slots
+        return run * _cost(tokens, -(-rows // tokens) * slots, steps, multiprocessors) + _SLOT_ROW * rows * slots
 
     largest = _MANY_FINISHERS if rank <= _KEPT_RANK else 128  # registers for the sums
     sizes = [tokens for tokens in _TOKENS if tokens <= largest and tokens % 64 == 0]

@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(256) add_lowrank(const __grid_const
   const int i = blockIdx.x * 256 + threadIdx.x, m = i / (a.rank / 2), c = i % (a.rank / 2) * 2;
   if (m >= a.m_pad) return;
   float2 sum = make_float2(0.f, 0.f);
-#pragma unroll 8
+#pragma unroll 16
   for (int s = 0; s < a.parts; ++s) {
     const float2 part = *(const float2*)(a.partial + ((size_t)s * a.m_pad + m) * a.rank + c);
     sum.x += part.x, sum.y += part.y;

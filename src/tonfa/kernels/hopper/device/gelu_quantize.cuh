@@ -4,8 +4,8 @@
 // is floating point, so a bound that is a hundred times too high costs no precision yet: what is then below the normal
 // range is less than a ten thousandth of the largest.
 //
-// The finishers leave GELU(y) where they took y from, and the warpgroups that multiply project it down by wgmma once they
-// are done with the next tile: mma.sync would wait for the tensor cores behind their products.
+// The finishers leave GELU(y) where they took y from, and the warpgroups that multiply project it down by wgmma beside the
+// next tile: mma.sync would wait for the tensor cores behind their products.
 #pragma once
 
 __device__ __forceinline__ float scale_of(const Product& a, int m) {
@@ -28,8 +28,16 @@ struct GeluQuantize {
     load_bulk(shared.next_inverse(), a.next_inverse + tile.n0(), INVERSE_BYTES, shared.inverse_full());
   }
 
+  // Of a finished tile: the one before it has been projected.
+  __device__ __forceinline__ void load_down(const Tiles& tile) const {
+    if (DOWN_RANK == 0 || threadIdx.x != 32) return;
+    barrier_expect(shared.down_full(), DOWN_BYTES);
+    load_bulk(shared.next_down(), a.next_down + (size_t)tile.n * DOWN_BYTES, DOWN_BYTES, shared.down_full());
+  }
+
   __device__ __forceinline__ void tile(const Tiles& tile, int phase) const {
     const int m0 = tile.m0();
+    load_down(tile);
     float next_scale[2];
     auto read_scales = [&](int block) {
 #pragma unroll
@@ -82,34 +90,29 @@ struct GeluQuantize {
 };
 
 #if DOWN_RANK
-// The two warpgroups that multiply share the tokens in blocks of 64, and keep their sums over a unit's tiles.
+// The two warpgroups that multiply share the tokens in blocks of 64, and keep their sums over a unit's tiles. A tile is
+// projected among the last steps of the next one, so that the tensor cores never wait for it.
+constexpr int LATE = 4;  // steps before the next tile's end
 struct DownProject {
   static constexpr int BLOCKS = TOKENS / 64, OWN = (BLOCKS + 1) / 2;
   const Product& a;
   const Shared& shared;
   const int group, thread;
   float sums[OWN][DOWN_RANK / 2];
-  int phase = 0, m0 = 0, slot = 0;
+  int phase = 0, m0 = 0, slot = 0;  // phase: of all three barriers
   bool any = false, first = false, last = false;  // of its unit
   __device__ __forceinline__ DownProject(const Product& a, const Shared& shared)
       : a(a), shared(shared), group(threadIdx.x / 128 - 1), thread(threadIdx.x % 128) {}
 
-  __device__ __forceinline__ void load(const Tiles& tile) const {
-    if (threadIdx.x != 128 || !tile.valid()) return;
-    barrier_expect(shared.down_full(), DOWN_BYTES);
-    load_bulk(shared.next_down(), a.next_down + (size_t)tile.n * DOWN_BYTES, DOWN_BYTES, shared.down_full());
-  }
-
   __device__ __forceinline__ void remember(const Tiles& tile) {
-    any = true, m0 = tile.m0(), slot = tile.slot();
-    first = tile.n == slot * tile.run, last = tile.last_of_unit();
+    any = true, m0 = tile.m0(), slot = tile.slot, first = tile.first_of_unit(), last = tile.last_of_unit();
   }
 
-  // Of the tile remembered; `next` is the one whose part of the down-projection is wanted then.
-  __device__ __forceinline__ void run(const Tiles& next) {
-    if (!any) return;
+  // The products of the tile remembered, left under way; false if there is none.
+  __device__ __forceinline__ bool start() {
+    if (!any) return false;
+    barrier_wait(shared.taken(), phase);
     barrier_wait(shared.down_full(), phase);
-    phase ^= 1;
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
@@ -120,9 +123,12 @@ struct DownProject {
                    descriptor(shared.next_down() + j / 4 * (DOWN_BYTES / 2) + j % 4 * 32), !first || j > 0);
     }
     wgmma_commit();
-    wgmma_wait<0>();
-    sync_threads(3, 256);
-    load(next);
+    return true;
+  }
+
+  // They are done.
+  __device__ __forceinline__ void finish() {
+    if (thread % 32 == 0) barrier_arrive(shared.down_read());
     if (!last) return;
     const int row = thread / 32 * 16 + thread % 32 / 4, quad = thread % 4;
 #pragma unroll
@@ -135,6 +141,12 @@ struct DownProject {
 #pragma unroll
         for (int c = 0; c < DOWN_RANK / 8; ++c) *(float2*)(to + c * 8) = make_float2(sums[i][4 * c + 2 * h], sums[i][4 * c + 2 * h + 1]);
       }
+  }
+
+  // In both warpgroups: what they read can be overwritten.
+  __device__ __forceinline__ void wait_for_all() {
+    barrier_wait(shared.down_read(), phase);
+    phase ^= 1;
   }
 };
 #endif

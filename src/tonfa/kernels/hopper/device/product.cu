@@ -18,10 +18,11 @@
 #include "gelu_quantize.cuh"
 #endif
 
+template <int N>
 struct Ring {
-  int stage = 0, phase = 0;
+  int at = 0, phase = 0;
   __device__ __forceinline__ void next() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
+    if (++at == N) at = 0, phase ^= 1;
   }
 };
 
@@ -54,40 +55,54 @@ __device__ __forceinline__ void load_part(uint32_t to, const void* from, int byt
 
 __device__ __forceinline__ void produce(const Product& a, const Shared& shared) {
   const Steps steps(a);
-  Ring ring;
-  for (Tiles tile(a); tile.valid(); tile.next()) {
+  Ring<STAGES> ring;
+  Ring<SCALE_SLOTS> scales;
+  for (Tiles tile(a); tile.valid(); tile.next(), scales.next()) {
     const int m0 = tile.m0(), n0 = tile.n0(), x_bytes = min(TOKENS, a.m_pad - m0) * 128, w_bytes = min(CHANNELS, a.n - n0) * 128;
     for (int i = -steps.rank_chunks; i < steps.k_steps; ++i, ring.next()) {
-      const uint32_t to = shared.stage(ring.stage), bar = shared.full(ring.stage);
-      barrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+      const uint32_t to = shared.stage(ring.at), bar = shared.full(ring.at);
+      const int scale_bytes = i == -steps.rank_chunks ? x_bytes / 32 : 0;
+      barrier_wait(shared.empty(ring.at), ring.phase ^ 1);
+      barrier_expect(bar, x_bytes + scale_bytes + (i < 0 ? 0 : w_bytes));
+      if (scale_bytes) load_part(shared.scales(scales.at), a.x_scale + m0, scale_bytes, bar);
       if (i < 0) {
-        barrier_expect(bar, x_bytes);
         load_part(to, a.lora + ((size_t)(steps.first_chunk + i + steps.rank_chunks) * a.m_pad + m0) * 128, x_bytes, bar);
-        continue;
+      } else {
+        load_part(to, a.x + ((size_t)i * a.m_pad + m0) * 128, x_bytes, bar);
+        load_bulk(to + X_BYTES, a.w + ((size_t)i * a.n + n0) * 128, w_bytes, bar);
       }
-      const int scale_bytes = i + 1 == steps.k_steps ? x_bytes / 32 : 0;
-      barrier_expect(bar, x_bytes + w_bytes + scale_bytes);
-      load_part(to, a.x + ((size_t)i * a.m_pad + m0) * 128, x_bytes, bar);
-      load_bulk(to + X_BYTES, a.w + ((size_t)i * a.n + n0) * 128, w_bytes, bar);
-      if (scale_bytes) load_part(to + X_BYTES + W_BYTES, a.x_scale + m0, scale_bytes, bar);
     }
   }
   // A block's memory is its own no longer once all its threads have returned: stay until the others have read all that
   // they were sent, and have arrived here for the last time.
   if (CLUSTER > 1)
-    for (int i = 0; i < STAGES; ++i, ring.next()) barrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+    for (int i = 0; i < STAGES; ++i, ring.next()) barrier_wait(shared.empty(ring.at), ring.phase ^ 1);
 }
+
+// Factors and bias of a thread's two channels.
+struct PerChannel {
+  float scale[2], bias[2];
+  __device__ __forceinline__ void read(const Product& a, int channel) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int c = channel + 8 * h;
+      scale[h] = c < a.n ? __ldg(a.w_scale + c) : 0.f, bias[h] = c < a.n ? __ldg(a.bias + c) : 0.f;
+    }
+  }
+};
 
 __device__ __forceinline__ void multiply(const Product& a, const Shared& shared) {
   const Steps steps(a);
   const int t = threadIdx.x - 128, half = t / 128, warp4 = t / 32 % 4, lane = t % 32, row = lane / 4, quad = lane % 4;
-  Ring ring;
+  const uint32_t staged = shared.staged() + half * HALF_BYTES;
+  Ring<STAGES> ring;
+  Ring<SCALE_SLOTS> scale_slot;
   float d[TOKENS / 2];
   uint32_t branch[8];
-  int taken = 1;  // parity of the finished tile's barrier
+  int accumulate, taken = 1;  // parity of the finished tile's barrier
+  uint32_t pending;           // barrier of the stage that the products under way read
 #if DOWN_RANK
   DownProject down(a, shared);
-  down.load(Tiles(a));
 #endif
 
   // Steps of 16 ranks of a chunk of 64 that are this linear's, and the fragments of two of them.
@@ -100,77 +115,102 @@ __device__ __forceinline__ void multiply(const Product& a, const Shared& shared)
     branch[0] = v0.x, branch[1] = v0.y, branch[2] = v0.z, branch[3] = v0.w;
     branch[4] = v1.x, branch[5] = v1.y, branch[6] = v1.z, branch[7] = v1.w;
   };
-  Tiles tile(a);
-  if (tile.valid() && steps.rank_chunks) read_branch(tile.n0(), 0, begin_of(0));
-
-  while (tile.valid()) {
-    const int n0 = tile.n0(), c0 = n0 + half * 64 + warp4 * 16 + row, c1 = c0 + 8;
-    const float ws0 = c0 < a.n ? __ldg(a.w_scale + c0) : 0.f, ws1 = c1 < a.n ? __ldg(a.w_scale + c1) : 0.f;
-    const float b0 = c0 < a.n ? __ldg(a.bias + c0) : 0.f, b1 = c1 < a.n ? __ldg(a.bias + c1) : 0.f;
-    int accumulate = 0;
-    uint32_t pending = 0;  // barrier of the stage that the step before has read
-    for (int i = 0; i < steps.rank_chunks; ++i, ring.next()) {
-      const uint32_t stage = shared.stage(ring.stage);
-      const int begin = begin_of(i), end = end_of(i);
-      for (int j = begin; j < end; j += 2) {
-        if (i > 0 || j > begin) read_branch(n0, i, j);
-        if (j == begin) barrier_wait(shared.full(ring.stage), ring.phase);
-        wgmma_fence();
-        wgmma_bf16(d, branch, descriptor(stage + 32 * j), accumulate);
-        wgmma_bf16(d, branch + 4, descriptor(stage + 32 * (j + 1 < end ? j + 1 : j)), 1);
-        wgmma_commit();
-        wgmma_wait<0>();  // fragments that change behind a product that is under way make the assembler serialize all
-        accumulate = 1;
-      }
-      release(shared.empty(ring.stage), lane);
-    }
-    for (int i = 0; i < steps.k_steps; ++i, ring.next()) {
-      const uint32_t stage = shared.stage(ring.stage), w = stage + X_BYTES + half * 64 * 128;
-      barrier_wait(shared.full(ring.stage), ring.phase);
+  // What a tile needs in registers before its first step.
+  PerChannel channel;
+  auto prepare = [&](const Tiles& tile, PerChannel& channel) {
+    if (!tile.valid()) return;
+    if (steps.rank_chunks) read_branch(tile.n0(), 0, begin_of(0));
+    channel.read(a, tile.n0() + half * 64 + warp4 * 16 + row);
+  };
+  // Leaves the last products under way. Fragments must not change behind any that are, nor may a loop begin behind them:
+  // the assembler would serialize all.
+  auto multiply_branch = [&](int n0) {
+    for (int i = 0, j = begin_of(0); i < steps.rank_chunks;) {
+      const uint32_t stage = shared.stage(ring.at);
+      const int end = end_of(i);
+      barrier_wait(shared.full(ring.at), ring.phase);
       wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        wgmma_fp8(d, descriptor(w + 32 * j), descriptor(stage + 32 * j), accumulate);
-        accumulate = 1;
-      }
+      wgmma_bf16(d, branch, descriptor(stage + 32 * j), accumulate);
+      wgmma_bf16(d, branch + 4, descriptor(stage + 32 * (j + 1 < end ? j + 1 : j)), 1);
       wgmma_commit();
-      wgmma_wait<1>();
-      if (pending) release(pending, lane);
-      pending = shared.empty(ring.stage);
+      accumulate = 1;
+      j += 2;
+      const bool last_of_chunk = j >= end;
+      if (last_of_chunk) pending = shared.empty(ring.at), ring.next(), ++i;
+      if (i == steps.rank_chunks) break;
+      wgmma_wait<0>();
+      if (last_of_chunk) release(pending, lane), j = begin_of(i);
+      read_branch(n0, i, j);
     }
-    wgmma_wait<0>();
+  };
+  auto step = [&]() {
+    const uint32_t stage = shared.stage(ring.at), w = stage + X_BYTES + half * 64 * 128;
+    barrier_wait(shared.full(ring.at), ring.phase);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      wgmma_fp8(d, descriptor(w + 32 * j), descriptor(stage + 32 * j), accumulate);
+      accumulate = 1;
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (pending) release(pending, lane);
+    pending = shared.empty(ring.at);
+    ring.next();
+  };
 
-    const uint32_t scales = shared.stage((ring.stage + STAGES - 1) % STAGES) + X_BYTES + W_BYTES + 8 * quad;
-    const uint32_t staged = shared.staged() + half * HALF_BYTES;
-    auto read_scales = [&](int j) { return load_shared_pair(scales + 32 * j); };
-    barrier_wait(shared.taken(), taken);
-    taken ^= 1;
+  Tiles tile(a);
+  prepare(tile, channel);
+  for (; tile.valid(); scale_slot.next()) {
+    accumulate = 0, pending = 0;
+    multiply_branch(tile.n0());
+    step();
+    int i = 1;
 #if DOWN_RANK
-    down.run(tile);
+    for (; i < steps.k_steps - LATE; ++i) step();
+    const bool behind = down.start();
+    step(), ++i;
+    if (behind) down.finish();
     down.remember(tile);
 #endif
+    for (; i < steps.k_steps; ++i) step();
+
+    // While the last step is under way.
     tile.next();
-    if (tile.valid() && steps.rank_chunks) read_branch(tile.n0(), 0, begin_of(0));
+    PerChannel next;
+    prepare(tile, next);
+    const uint32_t scales = shared.scales(scale_slot.at) + 8 * quad;
+    auto read_scales = [&](int j) { return load_shared_pair(scales + 32 * j); };
     float2 next0 = read_scales(0), next1 = read_scales(1);
+#if DOWN_RANK
+    if (behind) down.wait_for_all();
+#else
+    barrier_wait(shared.taken(), taken);
+    taken ^= 1;
+#endif
+    wgmma_wait<0>();
+    release(pending, lane);
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j += 2) {
       const float2 s0 = next0, s1 = next1;
       if (j + 2 < TOKENS / 8) next0 = read_scales(j + 2), next1 = read_scales(j + 3);
       const float* const y = d + 4 * j;
-      const uint32_t v0 = pack(fmaf(y[0] * s0.x, ws0, b0), fmaf(y[1] * s0.y, ws0, b0));
-      const uint32_t v1 = pack(fmaf(y[2] * s0.x, ws1, b1), fmaf(y[3] * s0.y, ws1, b1));
-      const uint32_t v2 = pack(fmaf(y[4] * s1.x, ws0, b0), fmaf(y[5] * s1.y, ws0, b0));
-      const uint32_t v3 = pack(fmaf(y[6] * s1.x, ws1, b1), fmaf(y[7] * s1.y, ws1, b1));
+      auto pair = [&](float y0, float y1, float2 s, int h) {
+        return pack(fmaf(y0 * s.x, channel.scale[h], channel.bias[h]), fmaf(y1 * s.y, channel.scale[h], channel.bias[h]));
+      };
       const int matrix = lane / 8, token = 8 * (j + matrix / 2) + lane % 8, chunk = warp4 * 2 + matrix % 2;
-      store_transposed(staged + token * 128 + ((chunk ^ (token & 7)) * 16), v0, v1, v2, v3);
+      store_transposed(staged + token * 128 + ((chunk ^ (token & 7)) * 16), pair(y[0], y[1], s0, 0), pair(y[2], y[3], s0, 1),
+                       pair(y[4], y[5], s1, 0), pair(y[6], y[7], s1, 1));
     }
     __syncwarp();
-    release(pending, lane);  // the last stage holds the scales
     if (lane == 0) barrier_arrive(shared.finished());
+    channel = next;
   }
 #if DOWN_RANK
-  barrier_wait(shared.taken(), taken);
-  down.run(tile);
+  if (down.start()) {
+    wgmma_wait<0>();
+    down.finish();
+  }
 #endif
 }
 
@@ -202,6 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     barrier_init(shared.taken(), FINISHERS);
     barrier_init(shared.inverse_full(), 1);
     barrier_init(shared.down_full(), 1);
+    barrier_init(shared.down_read(), 8);
     barriers_ready();
   }
   if (CLUSTER > 1)

@@ -5,8 +5,9 @@ constexpr int CHANNELS = 128;
 constexpr int FINISHERS = THREADS / 32 - 9;  // warps
 constexpr int X_BYTES = TOKENS * 128;
 constexpr int W_BYTES = CHANNELS * 128;
-constexpr int SCALE_BYTES = 1024;  // of the tokens, in the last step of a tile
-constexpr int STAGE_BYTES = X_BYTES + W_BYTES + SCALE_BYTES;
+constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+constexpr int SCALE_BYTES = TOKENS * 4;
+constexpr int SCALE_SLOTS = STAGES + 1;  // tiles with a step under way, and the one whose end is
 constexpr int HALF_BYTES = TOKENS * 128;  // 64 channels of a finished tile
 constexpr int STAGED_BYTES = 2 * HALF_BYTES;
 #ifdef DOWN_RANK
@@ -56,25 +57,25 @@ __device__ __forceinline__ int rank_in_cluster() { return blockIdx.x % CLUSTER; 
 // first channels come first, so blocks that run at the same time share weights. The blocks of a cluster take adjacent runs
 // of the same tokens, and so many tiles one as the other: the runs must go into CLUSTER equal parts.
 struct Tiles {
-  int m_tiles, n_tiles, run, units, unit, n;
+  int m_tiles, n_tiles, run, slots, m_step, slot_step, m, slot, n, end;
   __device__ __forceinline__ Tiles(const Product& a)
-      : m_tiles((a.m + TOKENS - 1) / TOKENS), n_tiles((a.n + CHANNELS - 1) / CHANNELS), run(a.run), unit(blockIdx.x / CLUSTER) {
-    units = m_tiles * ((n_tiles + run - 1) / run / CLUSTER);
-    n = slot() * run;
+      : m_tiles((a.m + TOKENS - 1) / TOKENS), n_tiles((a.n + CHANNELS - 1) / CHANNELS), run(a.run), slots((n_tiles + run - 1) / run) {
+    const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+    m = first % m_tiles, slot = first / m_tiles * CLUSTER + rank_in_cluster();
+    m_step = step % m_tiles, slot_step = step / m_tiles * CLUSTER;
+    begin();
   }
-  __device__ __forceinline__ bool valid() const { return unit < units; }
-  __device__ __forceinline__ bool last_of_unit() const { return n + 1 == min((slot() + 1) * run, n_tiles); }
+  __device__ __forceinline__ void begin() { n = slot * run, end = min(n + run, n_tiles); }
+  __device__ __forceinline__ bool valid() const { return slot < slots; }
+  __device__ __forceinline__ bool first_of_unit() const { return n == slot * run; }
+  __device__ __forceinline__ bool last_of_unit() const { return n + 1 == end; }
   __device__ __forceinline__ void next() {
-    if (last_of_unit()) {
-      unit += gridDim.x / CLUSTER;
-      n = slot() * run;
-    } else {
-      ++n;
-    }
+    if (++n < end) return;
+    m += m_step, slot += slot_step;
+    if (m >= m_tiles) m -= m_tiles, slot += CLUSTER;
+    begin();
   }
-  __device__ __forceinline__ int slot() const { return unit / m_tiles * CLUSTER + rank_in_cluster(); }
-  __device__ __forceinline__ int m_tile() const { return unit % m_tiles; }
-  __device__ __forceinline__ int m0() const { return m_tile() * TOKENS; }
+  __device__ __forceinline__ int m0() const { return m * TOKENS; }
   __device__ __forceinline__ int n0() const { return n * CHANNELS; }
 };
 
@@ -84,12 +85,14 @@ struct Shared {
   __device__ __forceinline__ uint32_t staged() const { return base + STAGES * STAGE_BYTES; }
   __device__ __forceinline__ uint32_t next_down() const { return staged() + STAGED_BYTES; }
   __device__ __forceinline__ uint32_t next_inverse() const { return next_down() + DOWN_BYTES; }
-  __device__ __forceinline__ uint32_t full(int i) const { return staged() + STAGED_BYTES + NEXT_BYTES + 8 * i; }
+  __device__ __forceinline__ uint32_t scales(int slot) const { return staged() + STAGED_BYTES + NEXT_BYTES + slot * SCALE_BYTES; }
+  __device__ __forceinline__ uint32_t full(int i) const { return scales(SCALE_SLOTS) + 8 * i; }
   __device__ __forceinline__ uint32_t empty(int i) const { return full(STAGES) + 8 * i; }
   __device__ __forceinline__ uint32_t finished() const { return empty(STAGES); }
   __device__ __forceinline__ uint32_t taken() const { return finished() + 8; }
   __device__ __forceinline__ uint32_t inverse_full() const { return finished() + 16; }
   __device__ __forceinline__ uint32_t down_full() const { return finished() + 24; }
+  __device__ __forceinline__ uint32_t down_read() const { return finished() + 32; }
 };
 
 // Threads 128 to 383 multiply, thread 0 loads, the warps beside them finish.
