@@ -41,7 +41,7 @@ def library(kernel: Kernel, folder: Path) -> Any:
     place.mkdir(exist_ok=True)
     for name, text in _device_code("tonfa.kernels.hopper").items():
         text = re.sub(r"extern __shared__ .*? memory\[\];", "alignas(128) static uint8_t memory[232448];", text)
-        (place / name).write_text(text.replace("#pragma unroll", ""))
+        (place / name).write_text(re.sub(r"#pragma unroll( \d+)?", "", text))
     for name in ("asynchronous.cuh", "numbers.cuh", "instructions.cuh"):
         (place / name).write_text("")
     (struct,) = kernel.parameters
