@@ -137,20 +137,22 @@ struct Piece {
 // Row `first` of the block and those that come 12 behind one another: y, 16 bits a channel, what the rows' codes need
 // and what the caller is told of the rows. A step is read before the one ahead of it is computed.
 template <int N>
-__device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const float* inverses, float* reciprocals, int first, int m0, const Normalization (&norms)[N]) {
+__device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const float* inverses, float* reciprocals, int first, int m0, int batch, const Normalization (&norms)[N]) {
   const int lane = threadIdx.x % 32;
-  uint8_t* at = rows + first * STRIDE;
+  const uint8_t* from = rows + first * STRIDE + X_PLACE + lane * (8 * X_BYTES);
+  uint8_t* to = rows + first * STRIDE + lane * 16;
   const float* inverse = inverses + place_of_inverse(lane);
 #if NORM
-  const size_t modulation = (size_t)((m0 + first) / a.length) * a.modulation_stride + lane * 8;
+  const size_t modulation = (size_t)batch * a.modulation_stride + lane * 8;
   const uint16_t *scale = a.scale + modulation, *shift = a.shift + modulation;
 #endif
   auto read = [&](int step) {
-    Piece<N> piece = {};
-    if (step < STEPS && exists(step)) {
+    Piece<N> piece;
+    if (CHANNELS % 256) piece = {};
+    if (exists(step)) {
 #pragma unroll
       for (int r = 0; r < N; ++r)
-        piece.x[r] = *(const Eight*)(at + r * (WARPS * STRIDE) + X_PLACE + (step * 256 + lane * 8) * X_BYTES);
+        piece.x[r] = *(const Eight*)(from + r * (WARPS * STRIDE) + step * (256 * X_BYTES));
       read_inverse(inverse + step * 256, piece.inverse);
 #if NORM
       piece.scale = __ldg((const uint4*)(scale + step * 256));
@@ -165,7 +167,7 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
 #pragma unroll 2
   for (int step = 0; step < STEPS; ++step) {
     const Piece<N> now = next;
-    next = read(step + 1);
+    next = read(min(step + 1, STEPS - 1));
 #if NORM
     float s[8], h[8];
     unpack(now.scale, s);
@@ -182,7 +184,7 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
 #endif
 #if NORM || FROM_FP8
       const uint4 y = packed(f);
-      if (exists(step)) *(uint4*)(at + r * (WARPS * STRIDE) + (step * 256 + lane * 8) * 2) = y;
+      if (exists(step)) *(uint4*)(to + r * (WARPS * STRIDE) + step * 512) = y;
 #endif
 #if NORM
       unpack(y, f);
@@ -223,12 +225,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   uint8_t* rows = memory + CHANNELS * 4;
   const uint32_t arrived = shared_address(arrivals);
 
+  int batch = (m0 + warp) / a.length, token = m0 + warp - batch * a.length;  // of the warp's first row
+  auto go_on = [&](int& batch, int& token) {
+    for (token += WARPS; token >= a.length; token -= a.length) ++batch;
+  };
   if (lane == 0) {
     for (int i = warp; i < count; i += WARPS) barrier_init(arrived + 8 * i, 1);
     barriers_ready();
-    for (int i = warp; i < count; i += WARPS) {
-      const int m = m0 + i, batch = m / a.length;
-      const uint8_t* from = a.x + (batch * a.batch_stride + (m - batch * a.length) * a.row_stride) * X_BYTES;
+    for (int i = warp, b = batch, t = token; i < count; i += WARPS, go_on(b, t)) {
+      const uint8_t* from = a.x + (b * a.batch_stride + t * a.row_stride) * X_BYTES;
       load_expected(shared_address(rows + i * STRIDE + X_PLACE), from, CHANNELS * X_BYTES, arrived + 8 * i);
     }
   }
@@ -242,25 +247,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   // Rows go in pairs, but the first of an odd number alone, so that it is done with when they arrive.
   bool waiting = false;
   Normalization held = {};
-  for (int row = warp; row < count; row += WARPS) {
+  for (int row = warp; row < count; row += WARPS, go_on(batch, token)) {
     barrier_wait(arrived + 8 * row, 0);
     Normalization norm = {};
-    const bool follows = (count - 1 - row) / WARPS % 2 == 1;
+    bool pairs = (count - 1 - row) / WARPS % 2 == 1;
 #if NORM
     norm = normalization(rows + row * STRIDE);
     __syncwarp();  // all have read the first value
-    const bool alike = (m0 + row) / a.length == (m0 + row + WARPS) / a.length;
-#else
-    const bool alike = true;
+    pairs &= token + WARPS < a.length;  // the next row's modulation is the same
 #endif
     if (waiting) {
-      take<2>(a, rows, inverses, reciprocals, row - WARPS, m0, {held, norm});
+      take<2>(a, rows, inverses, reciprocals, row - WARPS, m0, batch, {held, norm});
       waiting = false;
-    } else if (follows && alike) {
+    } else if (pairs) {
       held = norm;
       waiting = true;
     } else {
-      take<1>(a, rows, inverses, reciprocals, row, m0, {norm});
+      take<1>(a, rows, inverses, reciprocals, row, m0, batch, {norm});
     }
   }
 
@@ -269,14 +272,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   // The share of a warp: tiles slice, slice + slices, ..., and 32 ranks; the warps that share a tile take turns to encode.
   const int slices = WARPS / a.rank_parts, slice = warp % slices, part = warp / slices;
   const int row8 = lane / 4, quad = lane % 4;  // of a fragment: its row, its 8 of 32 channels
-  uint4 down[4][2][2];  // by 32 channels, 16 ranks, half of the channels
+  uint4 down[4][2][2] = {};  // by 32 channels, 16 ranks, half of the channels; zeros where there are no such ranks
   auto read = [&](int tile, int b) {
-    const uint4* from = a.down + ((size_t)(tile * (a.rank / 16) + part * 2) * 8 + b * 2) * 32 + lane;
+    const uint4* from = a.down + (tile * (a.rank / 16) + part * 2) * 256 + lane;
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        down[b][j][half] = tile < TILES && part * 2 + j < a.rank / 16 ? __ldg(from + j * 256 + half * 32) : make_uint4(0, 0, 0, 0);
+        if (tile < TILES && part * 2 + j < a.rank / 16) down[b][j][half] = __ldg(from + j * 256 + b * 64 + half * 32);
   };
 #pragma unroll
   for (int b = 0; b < 4; ++b) read(slice, b);
@@ -285,6 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   // Rows that a block lacks are whatever lies there, and stay in their own columns; its memory ends with row a.rows - 1.
   const uint8_t* y = rows + row8 * STRIDE + quad * 16;
   const uint8_t* last_y = rows + min(ROWS - 8 + row8, a.rows - 1) * STRIDE + quad * 16;
+  const float* inverse = inverses + quad * 4;
   float d[ROW_BLOCKS][2][4] = {};
   for (int tile = slice, turn = 0; tile < TILES; tile += slices) {
     const bool encoding = turn == part;
@@ -312,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         float factor[8] = {};
-        if (!beyond(tile, b)) read_inverse(inverses + place_of_inverse(tile * 16 + 4 * b + quad), factor);
+        if (!beyond(tile, b)) read_inverse(inverse + tile * 128 + place_of_inverse(4 * b), factor);
         encode(v[b], factor, reciprocal, codes[b], codes[4 + b]);
       }
       if (i >= count) continue;
