@@ -112,7 +112,14 @@ def test_quantize(m: int, k: int, rank: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "length", "k", "rank", "dtype"),
-    [(1, 2, 64, 16, FP16), (3, 23, 192, 32, BF16), (2, 34, 3072, 64, BF16), (1, 3, 5120, 16, BF16)],
+    [
+        (1, 2, 64, 16, FP16),
+        (30, 1, 64, 0, BF16),
+        (3, 23, 192, 32, BF16),
+        (1, 79, 320, 16, BF16),
+        (2, 34, 3072, 64, BF16),
+        (1, 3, 5120, 16, BF16),
+    ],
 )
 def test_norm_modulate_quantize(batch: int, length: int, k: int, rank: int, dtype: torch.dtype) -> None:
     w = weights(k, rank, dtype)

@@ -8,7 +8,7 @@
 //
 // A block has a.rows rows, all in shared memory, so that all blocks run at once; each row is one copy of the copy
 // engine, in the order of use. First, a warp takes every 12th row, alone and as it arrives: its mean and variance, then
-// y in the place of x, its maximum and its norm, two rows at a time for which a channel's weights are read once. Then
+// y in the place of x, its maximum and its norm, at times for two rows, whose weights are read and unpacked once. Then
 // warps take tiles of 128 channels of all rows: 16 bytes of a row are at once the B fragments of mma (its order of
 // channels is free, as `down` has the same) and 8 codes; `down` is read once a block.
 #include "quantize.cuh"
@@ -18,6 +18,7 @@ constexpr int ROWS = 8 * ROW_BLOCKS;
 constexpr int STEPS = (CHANNELS + 255) / 256;  // of a row, 8 channels of each lane
 constexpr int TILES = (CHANNELS + 127) / 128;
 constexpr int STRIDE = 2 * CHANNELS + 64;  // of rows in shared memory: two rows' 64 bytes meet all banks
+constexpr int TURN = 2;  // rows that a warp takes at once, at most: more share weights, fewer wait for the last to arrive
 constexpr int RANKS = 32;  // of a warp
 constexpr uint32_t ONES = FP16 ? 0x3C003C00u : 0x3F803F80u;
 
@@ -134,10 +135,14 @@ struct Piece {
 #endif
 };
 
-// Row `first` of the block and those that come 12 behind one another: y, 16 bits a channel, what the rows' codes need
-// and what the caller is told of the rows. A step is read before the one ahead of it is computed.
+struct Found {  // of a row, in the lane with the row's number among those of the warp
+  float largest, squares;
+};
+
+// Row `first` of the block and those that come 12 behind one another: y, 16 bits a channel, and what is found. A step is
+// read before the one ahead of it is computed. The rows' normalizations are the last ones of `norms`.
 template <int N>
-__device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const float* inverses, float* reciprocals, int first, int m0, int batch, const Normalization (&norms)[N]) {
+__device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const float* inverses, int first, int batch, const Normalization (&norms)[TURN], Found& found) {
   const int lane = threadIdx.x % 32;
   const uint8_t* from = rows + first * STRIDE + X_PLACE + lane * (8 * X_BYTES);
   uint8_t* to = rows + first * STRIDE + lane * 16;
@@ -180,7 +185,7 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
       unpack(now.x[r], f);
 #if NORM
 #pragma unroll
-      for (int e = 0; e < 8; ++e) f[e] = fmaf(fmaf(f[e], norms[r].rstd, norms[r].offset), s[e], h[e]);
+      for (int e = 0; e < 8; ++e) f[e] = fmaf(fmaf(f[e], norms[TURN - N + r].rstd, norms[TURN - N + r].offset), s[e], h[e]);
 #endif
 #if NORM || FROM_FP8
       const uint4 y = packed(f);
@@ -198,18 +203,10 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
     }
   }
 
-  float largest = 0.f, squares = 0.f;  // of this lane's row
 #pragma unroll
   for (int r = 0; r < N; ++r) {
-    const float row_largest = __uint_as_float(warp_max(__float_as_uint(absmax[r]))), row_squares = warp_sum(energy[r]);
-    if (lane == r) largest = row_largest, squares = row_squares;
-  }
-  if (lane < N) {
-    const int i = first + lane * WARPS;
-    const float s = largest * (1.f / 448.f), unit = FROM_FP8 ? __ldg(a.unit) : 1.f;
-    reciprocals[i] = s > 0.f ? 1.f / s : 0.f;
-    a.x_scale[m0 + i] = s * unit;
-    a.norms[m0 + i] = norm_bound(squares, largest, s) * unit;
+    const float largest = __uint_as_float(warp_max(__float_as_uint(absmax[r]))), squares = warp_sum(energy[r]);
+    if (lane == first / WARPS + r) found = {largest, squares};
   }
 }
 
@@ -244,27 +241,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   }
   __syncthreads();  // also the barriers are ready
 
-  // Rows go in pairs, but the first of an odd number alone, so that it is done with when they arrive.
-  bool waiting = false;
-  Normalization held = {};
-  for (int row = warp; row < count; row += WARPS, go_on(batch, token)) {
+  // Turns are whole but for the first: the warp is done with it when the other rows arrive. n: rows of the turn so far.
+  Found found;
+  Normalization norms[TURN] = {};
+  for (int row = warp, n = 1; row < count; row += WARPS, go_on(batch, token), ++n) {
+    bool last = (count - 1 - row) / WARPS % TURN == 0;  // of its turn
     barrier_wait(arrived + 8 * row, 0);
-    Normalization norm = {};
-    bool pairs = (count - 1 - row) / WARPS % 2 == 1;
 #if NORM
-    norm = normalization(rows + row * STRIDE);
+#pragma unroll
+    for (int i = 0; i < TURN - 1; ++i) norms[i] = norms[i + 1];
+    norms[TURN - 1] = normalization(rows + row * STRIDE);
     __syncwarp();  // all have read the first value
-    pairs &= token + WARPS < a.length;  // the next row's modulation is the same
+    last |= token + WARPS >= a.length;  // the next row's modulation is another
 #endif
-    if (waiting) {
-      take<2>(a, rows, inverses, reciprocals, row - WARPS, m0, batch, {held, norm});
-      waiting = false;
-    } else if (pairs) {
-      held = norm;
-      waiting = true;
-    } else {
-      take<1>(a, rows, inverses, reciprocals, row, m0, batch, {norm});
-    }
+    if (!last) continue;
+    const int first = row - (n - 1) * WARPS;
+    if (n == 1) take<1>(a, rows, inverses, first, batch, norms, found);
+    if (TURN >= 2 && n == 2) take<TURN < 2 ? TURN : 2>(a, rows, inverses, first, batch, norms, found);
+    if (TURN >= 3 && n == 3) take<TURN < 3 ? TURN : 3>(a, rows, inverses, first, batch, norms, found);
+    n = 0;
+  }
+  const int own = warp + lane * WARPS;
+  if (own < count) {
+    const float s = found.largest * (1.f / 448.f), unit = FROM_FP8 ? __ldg(a.unit) : 1.f;
+    reciprocals[own] = s > 0.f ? 1.f / s : 0.f;
+    a.x_scale[m0 + own] = s * unit;
+    a.norms[m0 + own] = norm_bound(found.squares, found.largest, s) * unit;
   }
 
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < a.m_pad - a.m) a.x_scale[a.m + threadIdx.x] = 0.f;
