@@ -115,16 +115,12 @@ static void more_registers() {}
 template <int N>
 static void fewer_registers() {}
 
-static float e4m3_value(uint8_t code) {
-  const uint16_t half = uint16_t(from_e4m3(code));
-  return to_float(half);
-}
 struct E4m3 {
   static constexpr int BYTES = 1;
   static float value(const char* p) {
     static const std::vector<float> table = [] {
       std::vector<float> values;
-      for (int code = 0; code < 256; code++) values.push_back(e4m3_value(uint8_t(code)));
+      for (int code = 0; code < 256; code++) values.push_back(from_e4m3(uint16_t(code)).x);
       return values;
     }();
     return table[uint8_t(*p)];

@@ -23,14 +23,14 @@ static uint32_t e4m3(float v) {
   return sign | (((exponent + 6) << 3) + eighths);
 }
 static uint32_t to_e4m3(float a, float b, float c, float d) { return e4m3(a) | e4m3(b) << 8 | e4m3(c) << 16 | e4m3(d) << 24; }
-static uint32_t from_e4m3(uint16_t pair) {
+static float2 from_e4m3(uint16_t pair) {
   float v[2];
   for (int i = 0; i < 2; i++) {
     const uint32_t code = pair >> 8 * i & 0xff, exponent = code >> 3 & 15, eighths = code & 7;
     const float size = exponent ? std::ldexp(8.f + eighths, int(exponent) - 10) : std::ldexp(float(eighths), -9);
     v[i] = (code & 0x7f) == 0x7f ? NAN : code & 0x80 ? -size : size;
   }
-  return pack(v[0], v[1]);
+  return {v[0], v[1]};
 }
 static float2 half_pair(uint32_t v) { return {from_fp16(uint16_t(v)), from_fp16(uint16_t(v >> 16))}; }
 static float gelu(float x) { return 0.5f * x * (1 + std::tanh(0.79788456080f * x + 0.035677408136f * x * x * x)); }
@@ -50,6 +50,10 @@ static float __shfl_sync(unsigned, float value, int from) {
   memcpy(&value, mine[from], sizeof value);
   meet_warp();
   return value;
+}
+static float warp_sum(float v) {
+  for (int step = 16; step >= 1; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+  return v;
 }
 static uint32_t warp_max(uint32_t v) {
   auto& mine = exchange[current / 32];

@@ -4,18 +4,11 @@
 
 #include "device.hpp"
 
-// A copy of the copy engine is made when its barrier is waited for; until then its bytes are NaN. A barrier has one copy,
-// or threads that arrive.
+// A copy of the copy engine is made when its barrier, which has no other, is waited for; until then its bytes are NaN.
 struct Bulk { char* to; const char* from; int bytes; bool done; };
 static std::map<uint32_t, Bulk> bulks;
 static std::map<uint32_t, int> expected;
-struct Arrivals { int missing, count, phase; };
-static std::map<uint32_t, Arrivals> arrivals_of;
-static void barrier_init(uint32_t bar, int count) { bulks.erase(bar), expected.erase(bar), arrivals_of[bar] = {count, count, 0}; }
-static void barrier_arrive(uint32_t bar) {
-  Arrivals& a = arrivals_of[bar];
-  if (--a.missing == 0) a.missing = a.count, a.phase ^= 1;
-}
+static void barrier_init(uint32_t bar, int count) { bulks.erase(bar), expected.erase(bar), misaligned |= count != 1; }
 static void barriers_ready() {}
 static void barrier_expect(uint32_t bar, int bytes) { expected[bar] = bytes; }
 static void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
@@ -25,11 +18,7 @@ static void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
   bulks[bar] = {shared(to), static_cast<const char*>(from), bytes, false};
 }
 static void barrier_wait(uint32_t bar, int parity) {
-  while (!bulks.count(bar)) {
-    if (arrivals_of[bar].phase != parity) return;
-    yield_();
-  }
-  Bulk& bulk = bulks[bar];
+  Bulk& bulk = bulks.at(bar);
   if (!bulk.done) memcpy(bulk.to, bulk.from, bulk.bytes);
   bulk.done = true;
 }

@@ -44,16 +44,11 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
       : "f"(a), "f"(b), "f"(c), "f"(d));
   return v;
 }
-// Two e4m3 numbers to two of 16 bits.
-__device__ __forceinline__ uint32_t from_e4m3(uint16_t pair) {
+// Two e4m3 numbers.
+__device__ __forceinline__ float2 from_e4m3(uint16_t pair) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-#if FP16
-  return halves;
-#else
-  const float2 f = half_pair(halves);
-  return pack(f.x, f.y);
-#endif
+  return half_pair(halves);
 }
 __device__ __forceinline__ float gelu(float x) {
   float t;

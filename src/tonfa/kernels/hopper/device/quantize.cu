@@ -7,23 +7,29 @@
 // norms need to know, since all else is relative to the row's scale.
 //
 // A block has a.rows rows, all in shared memory, so that all blocks run at once; each row is one copy of the copy
-// engine, in the order of use. First, teams of 4 warps take TURN rows at a time into registers, find what belongs to
-// whole rows and put y in the place of x; a thread has the same channels of every row, so their weights stay in
-// registers. Then warps take tiles of 128 channels of all rows: 16 bytes of a row are at once the B fragments of mma
-// (its order of channels is free, as `down` has the same) and 8 codes; `down` is read once a block.
+// engine, in the order of use. First, a warp takes every 12th row, alone and as it arrives: its mean and variance, then
+// y in the place of x, its maximum and its norm, at times for two rows, whose weights are read and unpacked once. Then
+// warps take tiles of 128 channels of all rows: 16 bytes of a row are at once the B fragments of mma (its order of
+// channels is free, as `down` has the same) and 8 codes; `down` is read once a block.
 #include "quantize.cuh"
 
-constexpr int TEAMS = 3, TEAM = 128, WARPS = 12, THREADS = TEAMS * TEAM;
+constexpr int WARPS = 12, THREADS = 32 * WARPS;
 constexpr int ROWS = 8 * ROW_BLOCKS;
-constexpr int PIECES = (CHANNELS + 8 * TEAM - 1) / (8 * TEAM);  // of a row, 8 channels of each thread of a team
+constexpr int STEPS = (CHANNELS + 255) / 256;  // of a row, 8 channels of each lane
 constexpr int TILES = (CHANNELS + 127) / 128;
 constexpr int STRIDE = 2 * CHANNELS + 64;  // of rows in shared memory: two rows' 64 bytes meet all banks
-constexpr int TURN = PIECES <= 5 ? 2 : 1;
-constexpr int KEPT = PIECES <= 3 ? PIECES : 1;  // pieces whose weights stay in registers
+constexpr int TURN = 2;  // rows that a warp takes at once, at most: more share weights, fewer wait for the last to arrive
 constexpr int RANKS = 32;  // of a warp
 constexpr uint32_t ONES = FP16 ? 0x3C003C00u : 0x3F803F80u;
 
-constexpr int X_BYTES = FROM_FP8 ? 1 : 2;  // of a channel
+#if FROM_FP8
+using Eight = uint2;  // channels of x
+constexpr int X_PLACE = CHANNELS;  // of a row's bytes in its place: y, from the front on, follows behind what is read
+#else
+using Eight = uint4;
+constexpr int X_PLACE = 0;
+#endif
+constexpr int X_BYTES = sizeof(Eight) / 8;  // of a channel
 
 struct Quantize {
   const uint8_t* x;          // 16-bit numbers, FROM_FP8: e4m3
@@ -39,23 +45,6 @@ struct Quantize {
   long long batch_stride, row_stride;
   int m, m_pad, rank, length, modulation_stride, rows, rank_parts;
 };
-
-// Sums over the warp: v[0] becomes that of value lane / (32 / N). The order of a sum does not depend on N.
-template <int N>
-__device__ __forceinline__ void fold(float (&v)[N], int lane) {
-  int step = 16;
-#pragma unroll
-  for (int half = N / 2; half >= 1; half /= 2, step /= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float mine = upper ? v[i + half] : v[i], theirs = upper ? v[i] : v[i + half];
-      v[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, step);
-    }
-  }
-#pragma unroll
-  for (step = 16 / N; step >= 1; step /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], step);
-}
 
 // e4m3 rounds by 1/17 of a normal value at most, by 2^-10 of a subnormal one; 1/16 leaves room for float32's rounding.
 __device__ __forceinline__ float norm_bound(float squares, float absmax, float x_scale) {
@@ -73,28 +62,159 @@ __device__ __forceinline__ void load_expected(uint32_t to, const void* from, int
   load_bulk(to, from, bytes, bar);
 }
 
-// 8 channels of a row.
-__device__ __forceinline__ uint4 read_piece(const uint8_t* from) {
-#if FROM_FP8
-  const uint2 u = *(const uint2*)from;
-  return make_uint4(from_e4m3((uint16_t)u.x), from_e4m3((uint16_t)(u.x >> 16)), from_e4m3((uint16_t)u.y), from_e4m3((uint16_t)(u.y >> 16)));
-#else
-  return *(const uint4*)from;
-#endif
+__device__ __forceinline__ void unpack(uint2 v, float (&f)[8]) {
+  const uint32_t u[2] = {v.x, v.y};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) *(float2*)(f + 2 * e) = from_e4m3((uint16_t)(u[e / 2] >> 16 * (e % 2)));
 }
 
-struct Exchange {  // of a team, between its warps
-  float stats[2 * TURN][4], squares[TURN][4];
-  uint32_t absmax[TURN][4];
+// Where 8 channels' inverses lie in shared memory, the first 4; the others lie 32 further. In each 64 channels all first
+// halves come first, so that 8 lanes meet all banks.
+__device__ __forceinline__ int place_of_inverse(int piece) { return piece / 8 * 64 + piece % 8 * 4; }
+
+__device__ __forceinline__ void read_inverse(const float* from, float (&inverse)[8]) {
+  *(float4*)inverse = *(const float4*)from;
+  *(float4*)(inverse + 4) = *(const float4*)(from + 32);
+}
+
+// Whether these 8 channels of a lane exist.
+__device__ __forceinline__ bool exists(int step) {
+  return CHANNELS % 256 == 0 || step < STEPS - 1 || step * 256 + threadIdx.x % 32 * 8 < CHANNELS;
+}
+
+struct Normalization {  // (x - mean) * rstd = x * rstd + offset
+  float rstd, offset;
 };
+
+// Of the row at `row`, in every lane. Squares are taken of the distance to the row's first value. Sums come from mma with
+// ones, which also adds up four lanes; values that do not exist are that first value.
+__device__ __forceinline__ Normalization normalization(const uint8_t* row) {
+  constexpr int BATCH = STEPS < 4 ? STEPS : 4;
+  const uint32_t first_value = *(const uint16_t*)row, fill = first_value | first_value << 16;
+  const float pivot = to_float((uint16_t)first_value);
+  float sums[BATCH][4] = {}, squares[2] = {};
+#pragma unroll 1
+  for (int first = 0; first < STEPS; first += BATCH) {
+    uint4 v[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      v[i] = make_uint4(fill, fill, fill, fill);
+      if ((STEPS % BATCH == 0 || first + i < STEPS) && exists(first + i)) v[i] = *(const uint4*)(row + (first + i) * 512 + threadIdx.x % 32 * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      mma(sums[i], v[i].x, v[i].y, v[i].z, v[i].w, ONES, ONES);
+      float f[8];
+      unpack(v[i], f);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        f[e] -= pivot;
+        squares[e % 2] = fmaf(f[e], f[e], squares[e % 2]);
+      }
+    }
+  }
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < BATCH; ++i) sum += sums[i][0] + sums[i][2];  // both halves of its rows are this row
+  constexpr int TAKEN = (STEPS + BATCH - 1) / BATCH * BATCH * 256;
+#pragma unroll
+  for (int step = 4; step <= 16; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  const float mean = fmaf(-(float)TAKEN, pivot, sum) * (1.f / CHANNELS);  // from the pivot on
+  const float variance = fmaf(-mean, mean, warp_sum(squares[0] + squares[1]) * (1.f / CHANNELS));
+  const float rstd = rsqrtf(fmaxf(variance, 0.f) + 1e-6f);
+  return {rstd, -(mean + pivot) * rstd};
+}
+
+// 8 channels of N rows, and their weights.
+template <int N>
+struct Piece {
+  Eight x[N];
+  float inverse[8];
+#if NORM
+  uint4 scale, shift;
+#endif
+};
+
+struct Found {  // of a row, in the lane with the row's number among those of the warp
+  float largest, squares;
+};
+
+// Row `first` of the block and those that come 12 behind one another: y, 16 bits a channel, and what is found. A step is
+// read before the one ahead of it is computed. The rows' normalizations are the last ones of `norms`.
+template <int N>
+__device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const float* inverses, int first, int batch, const Normalization (&norms)[TURN], Found& found) {
+  const int lane = threadIdx.x % 32;
+  const uint8_t* from = rows + first * STRIDE + X_PLACE + lane * (8 * X_BYTES);
+  uint8_t* to = rows + first * STRIDE + lane * 16;
+  const float* inverse = inverses + place_of_inverse(lane);
+#if NORM
+  const size_t modulation = (size_t)batch * a.modulation_stride + lane * 8;
+  const uint16_t *scale = a.scale + modulation, *shift = a.shift + modulation;
+#endif
+  auto read = [&](int step) {
+    Piece<N> piece;
+    if (CHANNELS % 256) piece = {};
+    if (exists(step)) {
+#pragma unroll
+      for (int r = 0; r < N; ++r)
+        piece.x[r] = *(const Eight*)(from + r * (WARPS * STRIDE) + step * (256 * X_BYTES));
+      read_inverse(inverse + step * 256, piece.inverse);
+#if NORM
+      piece.scale = __ldg((const uint4*)(scale + step * 256));
+      piece.shift = __ldg((const uint4*)(shift + step * 256));
+#endif
+    }
+    return piece;
+  };
+
+  float absmax[N] = {}, energy[N] = {};
+  Piece<N> next = read(0);
+#pragma unroll 2
+  for (int step = 0; step < STEPS; ++step) {
+    const Piece<N> now = next;
+    next = read(min(step + 1, STEPS - 1));
+#if NORM
+    float s[8], h[8];
+    unpack(now.scale, s);
+    unpack(now.shift, h);
+#endif
+    if (FROM_FP8) __syncwarp();  // y may be written where another lane read
+#pragma unroll
+    for (int r = 0; r < N; ++r) {
+      float f[8];
+      unpack(now.x[r], f);
+#if NORM
+#pragma unroll
+      for (int e = 0; e < 8; ++e) f[e] = fmaf(fmaf(f[e], norms[TURN - N + r].rstd, norms[TURN - N + r].offset), s[e], h[e]);
+#endif
+#if NORM || FROM_FP8
+      const uint4 y = packed(f);
+      if (exists(step)) *(uint4*)(to + r * (WARPS * STRIDE) + step * 512) = y;
+#endif
+#if NORM
+      unpack(y, f);
+#endif
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float u = f[e] * now.inverse[e];
+        absmax[r] = fmaxf(absmax[r], fabsf(u));
+        energy[r] = fmaf(u, u, energy[r]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < N; ++r) {
+    const float largest = __uint_as_float(warp_max(__float_as_uint(absmax[r]))), squares = warp_sum(energy[r]);
+    if (lane == first / WARPS + r) found = {largest, squares};
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_constant__ Quantize a) {
   earlier_kernels_done();
   next_kernel_may_start();
   extern __shared__ __align__(128) uint8_t memory[];
-  __shared__ __align__(16) Exchange exchanges[TEAMS][2];
-  __shared__ __align__(8) unsigned long long arrivals[ROWS + 1];
-  __shared__ __align__(8) unsigned long long meetings[TEAMS];
+  __shared__ __align__(8) unsigned long long arrivals[ROWS];
   __shared__ float reciprocals[ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int m0 = blockIdx.x * a.rows, count = min(a.rows, a.m - m0);
@@ -102,186 +222,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   uint8_t* rows = memory + CHANNELS * 4;
   const uint32_t arrived = shared_address(arrivals);
 
+  int batch = (m0 + warp) / a.length, token = m0 + warp - batch * a.length;  // of the warp's first row
+  auto go_on = [&](int& batch, int& token) {
+    for (token += WARPS; token >= a.length; token -= a.length) ++batch;
+  };
   if (lane == 0) {
     for (int i = warp; i < count; i += WARPS) barrier_init(arrived + 8 * i, 1);
-    if (warp == WARPS - 1) barrier_init(arrived + 8 * ROWS, 1);
-    if (warp < TEAMS) barrier_init(shared_address(meetings) + 8 * warp, TEAM / 32);
     barriers_ready();
-    for (int i = warp; i < count; i += WARPS) {
-      const int m = m0 + i, batch = m / a.length;
-      const uint8_t* from = a.x + (batch * a.batch_stride + (m - batch * a.length) * a.row_stride) * X_BYTES;
-      load_expected(shared_address(rows + i * STRIDE), from, CHANNELS * X_BYTES, arrived + 8 * i);
+    for (int i = warp, b = batch, t = token; i < count; i += WARPS, go_on(b, t)) {
+      const uint8_t* from = a.x + (b * a.batch_stride + t * a.row_stride) * X_BYTES;
+      load_expected(shared_address(rows + i * STRIDE + X_PLACE), from, CHANNELS * X_BYTES, arrived + 8 * i);
     }
-    if (warp == WARPS - 1) load_expected(shared_address(inverses), a.inverse, CHANNELS * 4, arrived + 8 * ROWS);
   }
+  for (int piece = threadIdx.x; piece < CHANNELS / 8; piece += THREADS) {
+    float* to = inverses + place_of_inverse(piece);
+    *(float4*)to = __ldg((const float4*)(a.inverse + piece * 8));
+    *(float4*)(to + 32) = __ldg((const float4*)(a.inverse + piece * 8 + 4));
+  }
+  __syncthreads();  // also the barriers are ready
 
-  const int team = threadIdx.x / TEAM, t = threadIdx.x % TEAM;
-  int parity = 0;
-  // Not bar.sync of a part of the block: teams meet unequally often, and compute-sanitizer then loses __syncthreads.
-  auto meet_team = [&]() {
-    const uint32_t meeting = shared_address(meetings) + 8 * team;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(meeting);
-    barrier_wait(meeting, parity);
-    parity ^= 1;
-  };
-  auto column_of = [&](int p) { return (p * TEAM + t) * 8; };
-  auto exists = [&](int p) { return CHANNELS % (8 * TEAM) == 0 || p < PIECES - 1 || column_of(p) < CHANNELS; };
-  float inverse[KEPT][8];
-  auto read_inverse = [&](int p) {
-    float4 low = make_float4(0.f, 0.f, 0.f, 0.f), high = low;
-    if (exists(p)) low = __ldg((const float4*)(a.inverse + column_of(p))), high = __ldg((const float4*)(a.inverse + column_of(p) + 4));
-    float(&f)[8] = inverse[p % KEPT];
-    f[0] = low.x, f[1] = low.y, f[2] = low.z, f[3] = low.w, f[4] = high.x, f[5] = high.y, f[6] = high.z, f[7] = high.w;
-  };
-  if (KEPT == PIECES)
-#pragma unroll
-    for (int p = 0; p < PIECES; ++p) read_inverse(p);
-#if NORM
-  float scale[KEPT][8], shift[KEPT][8];
-  auto read_modulation = [&](int p, int batch) {
-    const size_t from = (size_t)batch * a.modulation_stride + column_of(p);
-    const uint4 zeros = make_uint4(0, 0, 0, 0);
-    unpack(exists(p) ? __ldg((const uint4*)(a.scale + from)) : zeros, scale[p % KEPT]);
-    unpack(exists(p) ? __ldg((const uint4*)(a.shift + from)) : zeros, shift[p % KEPT]);
-  };
-  int batch_read = -1;
-#endif
-  __syncthreads();  // the barriers are ready
-
-  int turn = 0;
-  const int chunk = min(TURN, (count + TEAMS - 1) / TEAMS);
-  for (int first = team * chunk; first < count; first += TEAMS * chunk) {
-    const int stop = min(first + chunk, count);
-    for (int row = first, n; row < stop; row += n, ++turn) {
-      n = stop - row;
-      Exchange& exchange = exchanges[team][turn % 2];
-#if NORM
-      const int batch = (m0 + row) / a.length;
-      n = min(n, (batch + 1) * a.length - (m0 + row));
-      if (KEPT == PIECES && batch != batch_read) {
-#pragma unroll
-        for (int p = 0; p < PIECES; ++p) read_modulation(p, batch);
-        batch_read = batch;
-      }
-#endif
-      // Rows that the turn lacks are its last one again.
-      uint8_t* at[TURN];
-      uint4 v[TURN][PIECES];
-#pragma unroll
-      for (int r = 0; r < TURN; ++r) {
-        const int i = row + min(r, n - 1);
-        at[r] = rows + i * STRIDE;
-        barrier_wait(arrived + 8 * i, 0);
-      }
-      __syncwarp();
-#if NORM
-      float pivot[TURN], stats[2 * TURN] = {};
-      const float own_pivot = to_float(*(const uint16_t*)(rows + (row + min(lane % TURN, n - 1)) * STRIDE));
-#endif
-#pragma unroll
-      for (int r = 0; r < TURN; ++r) {
-#if NORM
-        const uint32_t first_value = *(const uint16_t*)at[r], fill = first_value | first_value << 16;
-        pivot[r] = to_float((uint16_t)first_value);
-#else
-        const uint32_t fill = 0;
-#endif
-#pragma unroll
-        for (int p = 0; p < PIECES; ++p) {
-          v[r][p] = make_uint4(fill, fill, fill, fill);
-          if (exists(p)) v[r][p] = read_piece(at[r] + column_of(p) * X_BYTES);
-        }
-      }
-#if NORM
-      // Squares are taken of the distance to the row's first value. Sums come from mma with ones, which also adds up
-      // four lanes (both halves of its rows are this row); values that do not exist are that first value.
-      float sums[TURN][4] = {};
-#pragma unroll
-      for (int p = 0; p < PIECES; ++p)
-#pragma unroll
-        for (int r = 0; r < TURN; ++r) {
-          mma(sums[r], v[r][p].x, v[r][p].y, v[r][p].z, v[r][p].w, ONES, ONES);
-          float f[8];
-          unpack(v[r][p], f);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            f[e] -= pivot[r];
-            stats[TURN + r] = fmaf(f[e], f[e], stats[TURN + r]);
-          }
-        }
-#pragma unroll
-      for (int r = 0; r < TURN; ++r) stats[r] = sums[r][0] + sums[r][2];  // in each of four lanes
-      fold(stats, lane);
-      if (lane % (16 / TURN) == 0) exchange.stats[lane / (16 / TURN)][warp % 4] = stats[0];
-      meet_team();
-      const float4 total = *(const float4*)exchange.stats[lane % TURN], squares = *(const float4*)exchange.stats[TURN + lane % TURN];
-      const float sum = fmaf(-8.f * TEAM * PIECES, own_pivot, 0.25f * ((total.x + total.y) + (total.z + total.w)));
-      const float mean = sum * (1.f / CHANNELS);  // from the pivot on
-      const float variance = fmaf(-mean, mean, ((squares.x + squares.y) + (squares.z + squares.w)) * (1.f / CHANNELS));
-      const float own_rstd = rsqrtf(fmaxf(variance, 0.f) + 1e-6f), own_offset = -(mean + own_pivot) * own_rstd;
-      float rstd[TURN], offset[TURN];  // (x - mean) * rstd = x * rstd + offset
-#pragma unroll
-      for (int r = 0; r < TURN; ++r) {
-        rstd[r] = __shfl_sync(0xffffffffu, own_rstd, r);
-        offset[r] = __shfl_sync(0xffffffffu, own_offset, r);
-      }
-#endif
-      float absmax[TURN] = {}, energy[TURN] = {};
-#pragma unroll
-      for (int p = 0; p < PIECES; ++p) {
-        if (KEPT != PIECES) read_inverse(p);
-        const float(&factor)[8] = inverse[p % KEPT];
-#if NORM
-        if (KEPT != PIECES) read_modulation(p, batch);
-        const float(&s)[8] = scale[p % KEPT], (&h)[8] = shift[p % KEPT];
-#endif
-#pragma unroll
-        for (int r = 0; r < TURN; ++r) {
-          float f[8];
-          unpack(v[r][p], f);
+  // Turns are whole but for the first: the warp is done with it when the other rows arrive. n: rows of the turn so far.
+  Found found;
+  Normalization norms[TURN] = {};
+  for (int row = warp, n = 1; row < count; row += WARPS, go_on(batch, token), ++n) {
+    bool last = (count - 1 - row) / WARPS % TURN == 0;  // of its turn
+    barrier_wait(arrived + 8 * row, 0);
 #if NORM
 #pragma unroll
-          for (int e = 0; e < 8; ++e) f[e] = fmaf(fmaf(f[e], rstd[r], offset[r]), s[e], h[e]);
-          const uint4 y = packed(f);
-          if (exists(p)) *(uint4*)(at[r] + column_of(p) * 2) = y;
-          unpack(y, f);
+    for (int i = 0; i < TURN - 1; ++i) norms[i] = norms[i + 1];
+    norms[TURN - 1] = normalization(rows + row * STRIDE);
+    __syncwarp();  // all have read the first value
+    last |= token + WARPS >= a.length;  // the next row's modulation is another
 #endif
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            const float u = f[e] * factor[e];
-            absmax[r] = fmaxf(absmax[r], fabsf(u));
-            energy[r] = fmaf(u, u, energy[r]);
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < TURN; ++r) {
-        const uint32_t largest = warp_max(__float_as_uint(absmax[r]));
-        if (lane == r) exchange.absmax[r][warp % 4] = largest;
-      }
-      fold(energy, lane);
-      if (lane % (32 / TURN) == 0) exchange.squares[lane / (32 / TURN)][warp % 4] = energy[0];
-      meet_team();
-#if FROM_FP8
-      // y takes more room than x, so that all of the team must have read first.
-#pragma unroll
-      for (int p = 0; p < PIECES; ++p)
-#pragma unroll
-        for (int r = 0; r < TURN; ++r)
-          if (exists(p)) *(uint4*)(at[r] + column_of(p) * 2) = v[r][p];
-#endif
-      if (warp % 4 == (team + turn) % 4 && lane < n) {  // not always the same warp, nor that of one scheduler
-        const uint4 l = *(const uint4*)exchange.absmax[lane];
-        const float4 e = *(const float4*)exchange.squares[lane];
-        const float largest = __uint_as_float(max(max(l.x, l.y), max(l.z, l.w))), s = largest * (1.f / 448.f);
-        const int i = row + lane;
-        reciprocals[i] = s > 0.f ? 1.f / s : 0.f;
-        const float unit = FROM_FP8 ? __ldg(a.unit) : 1.f;
-        a.x_scale[m0 + i] = s * unit;
-        a.norms[m0 + i] = norm_bound((e.x + e.y) + (e.z + e.w), largest, s) * unit;
-      }
-    }
+    if (!last) continue;
+    const int first = row - (n - 1) * WARPS;
+    if (n == 1) take<1>(a, rows, inverses, first, batch, norms, found);
+    if (TURN >= 2 && n == 2) take<TURN < 2 ? TURN : 2>(a, rows, inverses, first, batch, norms, found);
+    if (TURN >= 3 && n == 3) take<TURN < 3 ? TURN : 3>(a, rows, inverses, first, batch, norms, found);
+    n = 0;
+  }
+  const int own = warp + lane * WARPS;
+  if (own < count) {
+    const float s = found.largest * (1.f / 448.f), unit = FROM_FP8 ? __ldg(a.unit) : 1.f;
+    reciprocals[own] = s > 0.f ? 1.f / s : 0.f;
+    a.x_scale[m0 + own] = s * unit;
+    a.norms[m0 + own] = norm_bound(found.squares, found.largest, s) * unit;
   }
 
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < a.m_pad - a.m) a.x_scale[a.m + threadIdx.x] = 0.f;
@@ -289,23 +274,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   // The share of a warp: tiles slice, slice + slices, ..., and 32 ranks; the warps that share a tile take turns to encode.
   const int slices = WARPS / a.rank_parts, slice = warp % slices, part = warp / slices;
   const int row8 = lane / 4, quad = lane % 4;  // of a fragment: its row, its 8 of 32 channels
-  uint4 down[4][2][2];  // by 32 channels, 16 ranks, half of the channels
+  uint4 down[4][2][2] = {};  // by 32 channels, 16 ranks, half of the channels; zeros where there are no such ranks
   auto read = [&](int tile, int b) {
-    const uint4* from = a.down + ((size_t)(tile * (a.rank / 16) + part * 2) * 8 + b * 2) * 32 + lane;
+    const uint4* from = a.down + (tile * (a.rank / 16) + part * 2) * 256 + lane;
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        down[b][j][half] = tile < TILES && part * 2 + j < a.rank / 16 ? __ldg(from + j * 256 + half * 32) : make_uint4(0, 0, 0, 0);
+        if (tile < TILES && part * 2 + j < a.rank / 16) down[b][j][half] = __ldg(from + j * 256 + b * 64 + half * 32);
   };
 #pragma unroll
   for (int b = 0; b < 4; ++b) read(slice, b);
-  if (threadIdx.x == 0) barrier_wait(arrived + 8 * ROWS, 0);
   __syncthreads();
 
   // Rows that a block lacks are whatever lies there, and stay in their own columns; its memory ends with row a.rows - 1.
   const uint8_t* y = rows + row8 * STRIDE + quad * 16;
   const uint8_t* last_y = rows + min(ROWS - 8 + row8, a.rows - 1) * STRIDE + quad * 16;
+  const float* inverse = inverses + quad * 4;
   float d[ROW_BLOCKS][2][4] = {};
   for (int tile = slice, turn = 0; tile < TILES; tile += slices) {
     const bool encoding = turn == part;
@@ -333,10 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         float factor[8] = {};
-        if (!beyond(tile, b)) {
-          *(float4*)factor = *(const float4*)(inverses + tile * 128 + 32 * b + 8 * quad);
-          *(float4*)(factor + 4) = *(const float4*)(inverses + tile * 128 + 32 * b + 8 * quad + 4);
-        }
+        if (!beyond(tile, b)) read_inverse(inverse + tile * 128 + place_of_inverse(4 * b), factor);
         encode(v[b], factor, reciprocal, codes[b], codes[4 + b]);
       }
       if (i >= count) continue;
