@@ -43,14 +43,6 @@ static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 
 static uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 static void __syncwarp() { meet_warp(); }
-static float __shfl_sync(unsigned, float value, int from) {
-  auto& mine = exchange[current / 32];
-  memcpy(mine[threadIdx.x % 32], &value, sizeof value);
-  meet_warp();
-  memcpy(&value, mine[from], sizeof value);
-  meet_warp();
-  return value;
-}
 static float warp_sum(float v) {
   for (int step = 16; step >= 1; step /= 2) v += __shfl_xor_sync(~0u, v, step);
   return v;

@@ -172,7 +172,7 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
 #pragma unroll 2
   for (int step = 0; step < STEPS; ++step) {
     const Piece<N> now = next;
-    next = read(min(step + 1, STEPS - 1));
+    next = read(min(step + 1, STEPS - 1));  // the last one in vain: a branch would cost copies of registers
 #if NORM
     float s[8], h[8];
     unpack(now.scale, s);
