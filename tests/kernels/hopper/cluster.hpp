@@ -86,6 +86,7 @@ static void load_multicast(uint32_t to, const void* from, int bytes, uint32_t ba
 static void load_bulk(uint32_t to, const void* from, int bytes, uint32_t bar) {
   load_multicast(to, from, bytes, bar, 1 << block());
 }
+static void load_bulk_kept(uint32_t to, const void* from, int bytes, uint32_t bar) { load_bulk(to, from, bytes, bar); }
 static void finish_copy(unsigned i) {
   const Bulk bulk = under_way[i];
   under_way.erase(under_way.begin() + i);

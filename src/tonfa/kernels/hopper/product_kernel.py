@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tonfa.errors import FormatError
 from tonfa.kernels.cuda.kernel import Kernel, Struct
 from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper import tiles
 from tonfa.kernels.hopper.activation import HopperActivation
-from tonfa.kernels.hopper.ahead import AHEAD
 from tonfa.kernels.hopper.device_facts import multiprocessors
-from tonfa.kernels.hopper.expand import expand, wide_shape
+from tonfa.kernels.hopper.expanded import expanded
 from tonfa.kernels.hopper.packed_product import PackedProduct
-from tonfa.kernels.triton.scratch import SCRATCH
 from tonfa.ops.activation import QuantizedActivation
 
 PLAIN, GELU, GATE_RESIDUAL, NORM_ROPE, GELU_QUANTIZE, NORM_ROPE_FP8 = range(6)
@@ -72,6 +68,7 @@ class Product(Struct):
                 "heads",
                 "gate_stride",
                 "run",
+                "w_stays",
             )
         ),
     ]
@@ -102,24 +99,6 @@ def kernel(dtype: torch.dtype, epilogue: int, tokens: int, down_rank: int | None
     return Kernel("product", defines, (Product,), threads, shared, package, "a", preamble, early=True, cluster=cluster)
 
 
-def _with_weights(w: PackedProduct, device: torch.device, multiply: Callable[[Tensor], None]) -> None:
-    """multiply(weights in e4m3): as they are kept, or in a buffer that a later product overwrites."""
-    if w.wide is not None:
-        multiply(w.wide)
-        return
-    steps, columns, width = shape = wide_shape(w.columns, w.in_features)
-
-    def widen(out: Tensor) -> None:
-        expand(w.qweight, w.wscales, w.inverse_scales, out.view(shape))
-
-    if torch.cuda.is_current_stream_capturing():
-        AHEAD.run(device, steps * columns * width, widen, multiply)
-        return
-    out = SCRATCH.empty(device, steps * columns, width, torch.uint8)
-    widen(out)
-    multiply(out)
-
-
 def start(
     x: QuantizedActivation,
     w: PackedProduct,
@@ -147,6 +126,7 @@ def start(
         x=x.codes.data_ptr(),
         x_scale=x.scales.data_ptr(),
         lora=x.lowrank.data_ptr(),
+        w=expanded(w, device).data_ptr(),
         w_scale=w.row_scales.data_ptr(),
         up=w.up.data_ptr(),
         bias=w.bias.data_ptr(),
@@ -157,13 +137,9 @@ def start(
         rank=x.rank,
         rank_start=x.rank_start,
         run=run,
+        w_stays=int(w.wide is not None),
         **values,
     )
     units = -(-x.rows // tokens) * -(-n // (tiles.CHANNELS * run))
     specialized = kernel(x.dtype, epilogue, tokens, down_rank, tiles.cluster(n, count, run))
-
-    def multiply(expanded: Tensor) -> None:
-        parameters.w = expanded.data_ptr()
-        launch(specialized, device, (min(count, units),), parameters)
-
-    _with_weights(w, device, multiply)
+    launch(specialized, device, (min(count, units),), parameters)

@@ -35,6 +35,17 @@ __device__ __forceinline__ void load_bulk(uint32_t to, const void* from, int byt
                "r"(bytes), "r"(bar)
                : "memory");
 }
+// L2 keeps this before all else: memory that is read and overwritten again and again need not leave it.
+__device__ __forceinline__ uint64_t keep_in_l2() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void load_bulk_kept(uint32_t to, const void* from, int bytes, uint32_t bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(bar), "l"(keep_in_l2())
+               : "memory");
+}
 // Clusters: blocks that write to each other's shared memory, where the same things lie at the same addresses. This orders
 // barriers that were initialized and `barriers_ready`, nothing else that was written.
 __device__ __forceinline__ void sync_cluster() {

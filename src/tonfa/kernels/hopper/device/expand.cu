@@ -13,7 +13,7 @@ struct Expand {
   int n, k, scales_fp16;
 };
 
-// Leaves L2 to what is read again: the expanded weights, by the product that follows.
+// Leaves L2 to the expanded weights, which the product that follows reads.
 __device__ __forceinline__ uint4 load_once(const void* from) {
   uint4 v;
   asm volatile(
@@ -22,6 +22,12 @@ __device__ __forceinline__ uint4 load_once(const void* from) {
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(from));
   return v;
+}
+
+__device__ __forceinline__ void store_kept(void* to, uint4 v) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
+               "l"(keep_in_l2())
+               : "memory");
 }
 
 // Lanes that share a row exchange: lane q gives word w[s] to lane s, and has the words of all four for piece s = q.
@@ -65,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__
     const bool odd = lane & 4;
     const uint4 theirs = exchanged(odd ? low : high), even_row = odd ? theirs : low, odd_row = odd ? high : theirs;
     uint8_t* const to = a.out + ((size_t)step * a.n + (n & ~1)) * 128;
-    *(uint4*)(to + ((2 * q + odd) ^ (n & 6)) * 16) = even_row;
-    *(uint4*)(to + 128 + ((2 * q + odd) ^ (n & 6 | 1)) * 16) = odd_row;
+    store_kept(to + ((2 * q + odd) ^ (n & 6)) * 16, even_row);
+    store_kept(to + 128 + ((2 * q + odd) ^ (n & 6 | 1)) * 16, odd_row);
   }
 }

@@ -69,7 +69,11 @@ __device__ __forceinline__ void produce(const Product& a, const Shared& shared) 
         load_part(to, a.lora + ((size_t)(steps.first_chunk + i + steps.rank_chunks) * a.m_pad + m0) * 128, x_bytes, bar);
       } else {
         load_part(to, a.x + ((size_t)i * a.m_pad + m0) * 128, x_bytes, bar);
-        load_bulk(to + X_BYTES, a.w + ((size_t)i * a.n + n0) * 128, w_bytes, bar);
+        const uint8_t* w = a.w + ((size_t)i * a.n + n0) * 128;
+        if (a.w_stays)
+          load_bulk(to + X_BYTES, w, w_bytes, bar);
+        else
+          load_bulk_kept(to + X_BYTES, w, w_bytes, bar);
       }
     }
   }

@@ -49,6 +49,7 @@ struct Product {
   float* partial;            // (slots, m_pad, next_rank): lora of the next linear, to be added up
   long long batch_stride, token_stride, head_stride;  // of q, k and v, in elements
   int m, m_pad, n, k, rank, rank_start, length, heads, gate_stride, run;
+  int w_stays;  // the weights are kept in e4m3: this is not a buffer that the next layer overwrites
 };
 
 __device__ __forceinline__ int rank_in_cluster() { return blockIdx.x % CLUSTER; }

@@ -18,7 +18,7 @@ constexpr int ROWS = 8 * ROW_BLOCKS;
 constexpr int STEPS = (CHANNELS + 255) / 256;  // of a row, 8 channels of each lane
 constexpr int TILES = (CHANNELS + 127) / 128;
 constexpr int STRIDE = 2 * CHANNELS + 64;  // of rows in shared memory: two rows' 64 bytes meet all banks
-constexpr int TURN = 2;  // rows that a warp takes at once, at most: more share weights, fewer wait for the last to arrive
+constexpr int TURN = 3;  // rows that a warp takes at once, at most: more share weights, fewer wait for the last to arrive
 constexpr int RANKS = 32;  // of a warp
 constexpr uint32_t ONES = FP16 ? 0x3C003C00u : 0x3F803F80u;
 
@@ -257,8 +257,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
     if (!last) continue;
     const int first = row - (n - 1) * WARPS;
     if (n == 1) take<1>(a, rows, inverses, first, batch, norms, found);
-    if (TURN >= 2 && n == 2) take<TURN < 2 ? TURN : 2>(a, rows, inverses, first, batch, norms, found);
-    if (TURN >= 3 && n == 3) take<TURN < 3 ? TURN : 3>(a, rows, inverses, first, batch, norms, found);
+    if (n == 2) take<2>(a, rows, inverses, first, batch, norms, found);
+    if (n == 3) take<3>(a, rows, inverses, first, batch, norms, found);
     n = 0;
   }
   const int own = warp + lane * WARPS;
