@@ -46,22 +46,32 @@ __device__ __forceinline__ uint4 exchanged(uint4 v) {
 }
 
 // A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(256) expand(const __grid_constant__ Expand a) {
+extern "C" __global__ void __launch_bounds__(256, 6) expand(const __grid_constant__ Expand a) {
   const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
   earlier_kernels_done();
   next_kernel_may_start();
   if (n - lane / 4 >= a.n) return;  // N is a multiple of 8
   const float inverse = a.w_inverse[n];
   const int steps = (a.k + 127) / 128;
-  for (int step = blockIdx.y; step < steps; step += gridDim.y) {
+  // A step is read before the one ahead of it is expanded.
+  struct Source {
+    uint4 codes;
+    uint16_t scale;
+  };
+  auto read = [&](int step) {
+    Source s = {make_uint4(0, 0, 0, 0), 0};
     const int group = 2 * step + q / 2;
-    const bool inside = group < a.k / 64;
-    uint4 codes = make_uint4(0, 0, 0, 0);
-    float scale = 0.f;
-    if (inside) {
-      codes = load_once(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16);
-      scale = widen(__ldg(a.w_scales + (size_t)group * a.n + n), a.scales_fp16);
+    if (group < a.k / 64) {
+      s.codes = load_once(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16);
+      s.scale = __ldg(a.w_scales + (size_t)group * a.n + n);
     }
+    return s;
+  };
+  Source next = read(blockIdx.y);
+  for (int step = blockIdx.y; step < steps; step += gridDim.y) {
+    const uint4 codes = next.codes;
+    const float scale = widen(next.scale, a.scales_fp16);
+    if (step + gridDim.y < steps) next = read(step + gridDim.y);
     const uint4 table = make_table(scale * inverse);
     uint32_t first[4], second[4];
     decode(codes.x, table, first[0], second[0]), decode(codes.y, table, first[1], second[1]);
