@@ -29,6 +29,10 @@ class Driver:
     CUlaunchAttributeID = SimpleNamespace(
         CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="early", CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster"
     )
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="most",
+        CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT="part",
+    )
     CUlaunchConfig = SimpleNamespace
 
     def __init__(self) -> None:
@@ -91,6 +95,19 @@ def test_arguments_reach_the_kernel_on_the_current_stream(driver: Driver) -> Non
         (7, 5, 2, 1, 128, 1, 1, 0, 100, 3, 4),
         (7, 9, 1, 1, 128, 1, 1, 0, 101, 6, 4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("shared", "early", "expected"),
+    [(1024, False, []), (60 << 10, False, [(7, "most", 60 << 10)]), (0, True, [(7, "part", 100)])],
+)
+def test_shared_memory_is_asked_for(
+    driver: Driver, shared: int, early: bool, expected: list[tuple[int, str, int]]
+) -> None:
+    module.launch(
+        replace(add_kernel(), shared=shared, early=early), torch.device("cuda", 0), (1,), Partials(8, 16, 3, 4)
+    )
+    assert driver.named("cuFuncSetAttribute") == expected
 
 
 @pytest.mark.parametrize(

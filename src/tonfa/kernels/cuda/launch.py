@@ -19,6 +19,10 @@ from tonfa.kernels.cuda.kernel import Kernel, Struct, build
 _SHARED_UNASKED = 48 << 10
 """Bytes of dynamic shared memory that a kernel gets without asking for more."""
 
+_ALL_SHARED = 100
+"""Percent of L1 that is shared memory, for kernels that start one after another without a pause: a multiprocessor that
+has to divide it anew must be idle first."""
+
 
 def _driver() -> Any:
     from cuda.bindings import driver
@@ -77,6 +81,9 @@ def _function(kernel: Kernel, index: int) -> Any:
         if kernel.shared > _SHARED_UNASKED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _done(driver.cuFuncSetAttribute(function, attribute, kernel.shared), f"shared memory of {kernel}")
+        if kernel.early:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _done(driver.cuFuncSetAttribute(function, attribute, _ALL_SHARED), f"shared memory of {kernel}")
         return function
     finally:
         driver.cuThreadExchangeStreamCaptureMode(before)
