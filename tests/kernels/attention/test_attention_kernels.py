@@ -102,7 +102,8 @@ def test_16_bit_attention_asks_for_cudnn() -> None:
     assert sdpa._takes(q, k, v)
     assert not sdpa._takes(q.float(), k.float(), v.float())
     assert not sdpa._takes(q[..., :60], k[..., :60], v[..., :60])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         sdpa.attention(q, k, v)
     assert any("_scaled_dot_product_cudnn_attention" in event.key for event in profile.key_averages())
 
