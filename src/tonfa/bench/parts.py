@@ -75,7 +75,7 @@ def profile_step(step: Callable[[], Any], device: torch.device) -> list[Kernel]:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # or newer torch warns
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # else torch warns of what is lost
         for _ in range(PROFILED):
             step()
         torch.cuda.synchronize(device)

@@ -92,7 +92,7 @@ def test_layouts_are_permutations() -> None:
     assert fragments[0, 0, 0, 0, 6, 3].tolist() == [up[8 + 1, 8 + 4].item(), up[8 + 1, 8 + 5].item()]
 
 
-@pytest.mark.parametrize("tokens", tiles._TOKENS)
+@pytest.mark.parametrize("tokens", tiles.TOKENS)
 @pytest.mark.parametrize("down_rank", [None, 0, 64])
 def test_tiles_fit_shared_memory(tokens: int, down_rank: int | None) -> None:
     if down_rank is not None and tokens > 192:

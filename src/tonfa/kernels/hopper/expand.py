@@ -17,7 +17,7 @@ from tonfa.kernels.cuda.launch import launch
 from tonfa.kernels.hopper.layout import ROW_BYTES
 
 _CHANNELS = 64  # of a block
-_BLOCKS = 132 * 6
+_BLOCKS = 132 * 6  # as many as run at a time
 
 
 class Expand(Struct):

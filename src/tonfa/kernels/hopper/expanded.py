@@ -1,6 +1,6 @@
 """A layer's weights in e4m3 for the product that follows: kept so, or expanded right before it.
 
-All layers expand into one buffer: it is written again while most of it is still in L2, which saves memory the traffic.
+All layers expand into one buffer, which L2 is asked to keep: the next layer overwrites what need not go to memory.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from functools import lru_cache
 CHANNELS = 128
 CLUSTER = 2
 """Blocks that load the codes of their common tokens together, where tiles can be divided so; 1: each block alone."""
-_TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 64, 32)
+TOKENS = (256, 240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 64, 32)
 _SHARED = 232_448 - 1024
 _MANY_FINISHERS = 192  # tokens of the largest tile that leaves registers for seven warps
 _KEPT_RANK = 32  # of a down-projection whose sums fit beside those of the largest such tile
 _SLOT_ROW = 0.0001  # microseconds: adding up a row's sums of another block
-# Microseconds, measured on an H200 whose products run at its power limit all the time.
+# Microseconds on an H200 whose products run at its power limit all the time (benchmarks/hopper_tiles.py).
 _STEP, _STEP_TOKEN = 0.112, 0.0028  # of 128 channels of a tile, and of each of its tokens
 _END, _END_LARGEST = 0.0065, 0.0095  # of a token at the tile's end, with seven warps and with three
 _STEP_LARGEST = 1.07  # times a step, where three warps finish instead of seven
@@ -62,8 +62,8 @@ def _cost(tokens: int, tiles: int, steps: int, multiprocessors: int) -> float:
 def choose(rows: int, columns: int, channels: int, multiprocessors: int, much_to_finish: bool = False) -> int:
     """Tokens of a tile; not the largest where three warps cannot finish one while the next is multiplied."""
     n_tiles, steps = -(-columns // CHANNELS), -(-channels // CHANNELS)
-    largest = _MANY_FINISHERS if much_to_finish else _TOKENS[0]
-    sizes = [tokens for tokens in _TOKENS if tokens <= largest]
+    largest = _MANY_FINISHERS if much_to_finish else TOKENS[0]
+    sizes = [tokens for tokens in TOKENS if tokens <= largest]
     return min(sizes, key=lambda tokens: _cost(tokens, -(-rows // tokens) * n_tiles, steps, multiprocessors))
 
 
@@ -83,6 +83,6 @@ def choose_run(
         return run * _cost(tokens, -(-rows // tokens) * slots, steps, multiprocessors) + _SLOT_ROW * rows * slots
 
     largest = _MANY_FINISHERS if rank <= _KEPT_RANK else 128  # registers for the sums
-    sizes = [tokens for tokens in _TOKENS if tokens <= largest and tokens % 64 == 0]
+    sizes = [tokens for tokens in TOKENS if tokens <= largest and tokens % 64 == 0]
     runs = [run for run in range(1, n_tiles + 1) if cluster == 1 or n_tiles % (cluster * run) == 0]
     return min(((tokens, run) for tokens in sizes for run in runs), key=cost)

@@ -45,6 +45,11 @@ __device__ __forceinline__ uint4 exchanged(uint4 v) {
                     __shfl_xor_sync(0xffffffffu, v.w, 4));
 }
 
+struct Source {  // of 32 weights
+  uint4 codes;
+  uint16_t scale;
+};
+
 // A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(256, 6) expand(const __grid_constant__ Expand a) {
   const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
@@ -53,21 +58,16 @@ extern "C" __global__ void __launch_bounds__(256, 6) expand(const __grid_constan
   if (n - lane / 4 >= a.n) return;  // N is a multiple of 8
   const float inverse = a.w_inverse[n];
   const int steps = (a.k + 127) / 128;
-  // A step is read before the one ahead of it is expanded.
-  struct Source {
-    uint4 codes;
-    uint16_t scale;
-  };
   auto read = [&](int step) {
-    Source s = {make_uint4(0, 0, 0, 0), 0};
+    Source source = {make_uint4(0, 0, 0, 0), 0};
     const int group = 2 * step + q / 2;
     if (group < a.k / 64) {
-      s.codes = load_once(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16);
-      s.scale = __ldg(a.w_scales + (size_t)group * a.n + n);
+      source.codes = load_once(a.qweight + (size_t)n * (a.k / 2) + step * 64 + q * 16);
+      source.scale = __ldg(a.w_scales + (size_t)group * a.n + n);
     }
-    return s;
+    return source;
   };
-  Source next = read(blockIdx.y);
+  Source next = read(blockIdx.y);  // a step is read before the one ahead of it is expanded
   for (int step = blockIdx.y; step < steps; step += gridDim.y) {
     const uint4 codes = next.codes;
     const float scale = widen(next.scale, a.scales_fp16);

@@ -92,7 +92,7 @@ struct GeluQuantize {
 #if DOWN_RANK
 // The two warpgroups that multiply share the tokens in blocks of 64, and keep their sums over a unit's tiles. A tile is
 // projected among the last steps of the next one, so that the tensor cores never wait for it.
-constexpr int LATE = 4;  // steps before the next tile's end
+constexpr int LATE = 4;  // steps before the next tile's end, which has two at least
 struct DownProject {
   static constexpr int BLOCKS = TOKENS / 64, OWN = (BLOCKS + 1) / 2;
   const Product& a;
