@@ -39,7 +39,7 @@ from tonfa.ops import attention, attention_fp8
 ROOT = Path(__file__).resolve().parent.parent
 FLUX = (1, 24, 4608, 128)
 SHAPES = (FLUX, (1, 2, 320, 128), (1, 24, 4608 + 77, 128), (2, 24, 1536, 128))
-KINDS = ("gaussian", "outliers", "common")
+KINDS = ("gaussian", "outliers", "common", "center")
 INPUTS = 3
 RUNS = 60
 Function = Callable[..., Any]
@@ -71,7 +71,8 @@ class Problem:
 
 
 def problem(kind: str, shape: tuple[int, ...], device: torch.device, seed: int = 0) -> Problem:
-    """ "outliers": large channels of k and v; "common": a vector in all keys, as large as what they differ in."""
+    """ "outliers": large channels of k and v; "common": a vector in all keys, as large as what they differ in;
+    "center": one in all values, twice as large."""
     generator = torch.Generator(device).manual_seed(seed)
     q, k, v = (torch.randn(shape, generator=generator, device=device).mul_(0.8) for _ in range(3))
     norm = torch.linspace(0.5, 1.5, shape[3], device=device)
@@ -81,6 +82,8 @@ def problem(kind: str, shape: tuple[int, ...], device: torch.device, seed: int =
         v[..., :3] *= 50
     if kind == "common":
         k += torch.randn(*shape[:2], 1, shape[3], generator=generator, device=device)
+    if kind == "center":
+        v += 2 * torch.randn(1, shape[1], 1, shape[3], generator=generator, device=device)
     for x, w in zip((q, k), norms, strict=True):
         x *= torch.rsqrt(x.square().mean(-1, keepdim=True)) * w
     in_memory = [x.transpose(1, 2).contiguous().transpose(1, 2).bfloat16() for x in (q, k, v)]
@@ -153,7 +156,7 @@ def probability_scales(device: torch.device) -> None:
     for scale in (1.0, 16.0, 64.0, 256.0, 448.0):
         x = quantize(*given.heads, given.norm_q, given.norm_k)
         x.scalars[3, 0], x.scalars[4, 0] = 1 / scale, scale
-        found = dequantize(cudnn_fp8.attend(x), x.descale, given.q.dtype).flatten(2)
+        found = dequantize(cudnn_fp8.attend(x), x.descale, x.center).flatten(2)
         results.append(f"{scale:g}: {error(found, exact):.4f}")
     print("error by the scale of the probabilities:", ", ".join(results))
 
@@ -197,9 +200,7 @@ def times(device: torch.device) -> None:
         "16-bit (cuDNN)": [partial(sdpa.attention, *x.heads) for x in given],
         "fp8: quantize": [partial(quantize, *x.heads, x.norm_q, x.norm_k) for x in given],
         "fp8: attend": [partial(cudnn_fp8.attend, x) for x in rounded],
-        "fp8: dequantize": [
-            partial(dequantize, o, x.descale, torch.bfloat16) for o, x in zip(results, rounded, strict=True)
-        ],
+        "fp8: dequantize": [partial(dequantize, o, x.descale, x.center) for o, x in zip(results, rounded, strict=True)],
         "fp8: all": [partial(fp8.attention, *x.all) for x in given],
     }
     flops = 4 * FLUX[0] * FLUX[1] * FLUX[2] ** 2 * FLUX[3]
@@ -237,11 +238,13 @@ def exactly(q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any) -> Tensor
 
 def by_maxima(q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any) -> Tensor:
     """The specification with the maxima of each head for scales."""
+    center = attention_fp8.center(v)
+    v = attention_fp8.centered(v, center)
     scales = attention_fp8.Exponents(
         *(attention_fp8.largest_exponents(x.abs().amax((2, 3), keepdim=True)) for x in (q, k, v))
     )
     rounded = [attention_fp8.quantize(x, e) for x, e in zip((q, k, v), (scales.q, scales.k, scales.v), strict=True)]
-    return attention_fp8.dequantize(attention_fp8.attend(*rounded, scales), scales.v.transpose(1, 2), q.dtype)
+    return attention_fp8.dequantize(attention_fp8.attend(*rounded, scales), scales.v.transpose(1, 2), center, q.dtype)
 
 
 def smoothed(q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any) -> Tensor:

@@ -83,7 +83,8 @@ def attention_inputs(
     `attention_norms` from half of the tokens on.
 
     "outliers": a few channels of k and v many times as large; "common": keys share a vector as large as their spread;
-    "heads": every head of v eight times as large as the one before; "zeros": a head of each is nothing but zeros.
+    "center": values share one twice as large; "heads": every head of v eight times as large as the one before; "zeros":
+    a head of each is nothing but zeros.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch, heads, tokens, size, generator=generator) for _ in range(3))
@@ -91,6 +92,8 @@ def attention_inputs(
         v[..., :3] *= 50
     elif kind == "common":
         k += torch.randn(batch, heads, 1, size, generator=generator)
+    elif kind == "center":
+        v += 2 * torch.randn(1, heads, 1, size, generator=generator)
     elif kind == "heads":
         v *= 8.0 ** torch.arange(heads)[:, None, None]
     elif kind == "zeros":

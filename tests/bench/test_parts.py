@@ -31,7 +31,7 @@ KERNELS = {
     "quantize_known": "quantize",
     "_measure": "quantize",
     "_round": "quantize",
-    "_attention_scales": "attention",
+    "attention_center": "attention",
     "cudnn_generated_fort_native_sdpa_sm90_fp8_fprop_wgmma_e4m3_knob_3_64x128x128": "attention",
     "product": "products",
     "expand": "expand",

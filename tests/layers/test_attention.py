@@ -45,8 +45,10 @@ class Fake:
             return None
         parts = [self.kernels.product_norm_rope(p.x, p.w, p.norm_q, p.norm_k, p.rotary) for p in projections]
         q, k, v = (torch.cat(same, 2) for same in zip(*parts, strict=True))
-        self.exponents = attention_fp8.exponents(v, [p.norm_q for p in projections], [p.norm_k for p in projections])
-        return attention_fp8.round_heads(q, k, v, self.exponents)
+        norm_q, norm_k = [p.norm_q for p in projections], [p.norm_k for p in projections]
+        center = attention_fp8.center(v)
+        self.exponents = attention_fp8.exponents(attention_fp8.centered(v, center), norm_q, norm_k)
+        return attention_fp8.round_heads(q, k, v, center, self.exponents)
 
     def takes(self, shape: torch.Size, device: torch.device) -> bool:
         self.shapes.append(shape)
@@ -56,7 +58,7 @@ class Fake:
         assert self.exponents is not None
         self.rounded += 1
         out = attention_fp8.attend(x.q, x.k, x.v, self.exponents)
-        return ScaledFP8(out.flatten(2), x.descale, dtype)
+        return ScaledFP8(out.flatten(2), x.descale, x.center, dtype)
 
     def attention(self, q, k, v, mask, norm_q, norm_k) -> torch.Tensor:
         self.plain += 1

@@ -50,21 +50,24 @@ def test_no_normed_and_rotated_vector_exceeds_the_bound_but_one_reaches_it(weigh
 @pytest.mark.parametrize("kind", ["gaussian", "outliers", "common", "heads", "zeros"])
 def test_nothing_saturates_and_scaling_rounds_nothing(kind: str) -> None:
     q, k, v = attention_inputs(kind, 2, 3, 40, 32)
-    scales = attention_fp8.exponents(v, *attention_norms(kind, 32))
-    for x, exponent in ((q, scales.q), (k, scales.k), (v, scales.v)):
+    rest = attention_fp8.centered(v, attention_fp8.center(v))
+    scales = attention_fp8.exponents(rest, *attention_norms(kind, 32))
+    for x, exponent in ((q, scales.q), (k, scales.k), (rest, scales.v)):
         scaled = torch.ldexp(x.float(), exponent)
         assert scaled.abs().max() <= 448
         assert torch.equal(torch.ldexp(scaled, -exponent), x.float())
-    assert torch.ldexp(v.float(), scales.v).abs().max() > 224
+    assert torch.ldexp(rest, scales.v).abs().max() > 224
 
 
 def by_maxima(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same with the largest scale of every head of q, k and v that saturates nothing."""
+    center = attention_fp8.center(v)
+    v = attention_fp8.centered(v, center)
     scales = attention_fp8.Exponents(
         *(attention_fp8.largest_exponents(x.abs().amax((2, 3), keepdim=True)) for x in (q, k, v))
     )
     rounded = [attention_fp8.quantize(x, e) for x, e in ((q, scales.q), (k, scales.k), (v, scales.v))]
-    return attention_fp8.dequantize(attention_fp8.attend(*rounded, scales), scales.v.transpose(1, 2), q.dtype)
+    return attention_fp8.dequantize(attention_fp8.attend(*rounded, scales), scales.v.transpose(1, 2), center, q.dtype)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "outliers", "common", "heads"])
@@ -79,12 +82,23 @@ def test_bounds_cost_nothing_against_maxima_of_each_head(kind: str) -> None:
         assert error < 1.03 * relative_error(best[..., part], expected[..., part])
 
 
-def test_one_token_is_its_value_rounded() -> None:
+@pytest.mark.parametrize("center", [torch.zeros(48), torch.linspace(-3, 3, 48)], ids=["without", "with"])
+def test_one_token_is_its_value_rounded_around_the_center(center: Tensor) -> None:
     q, k, v = attention_inputs("gaussian", 2, 3, 1, 16)
-    norms = attention_norms("gaussian", 16)
-    exponent = attention_fp8.exponents(v, *norms).v
-    rounded = torch.ldexp(attention_fp8.quantize(v, exponent).float(), -exponent)
-    assert torch.equal(attention_fp8.reference(q, k, v, *norms).float(), rounded.transpose(1, 2).flatten(2))
+    center = center.bfloat16()
+    scales = attention_fp8.exponents(attention_fp8.centered(v, center), *attention_norms("gaussian", 16))
+    heads = attention_fp8.round_heads(q, k, v, center, scales)
+    out = attention_fp8.dequantize(attention_fp8.attend(heads.q, heads.k, heads.v, scales), scales.v, center, v.dtype)
+    rest = v.transpose(1, 2).flatten(2).float() - center.float()
+    rounded = attention_fp8.quantize(rest, scales.v).float()
+    assert torch.equal(out, (torch.ldexp(rounded, -scales.v) + center.float()).to(v.dtype))
+    assert heads.center is center
+
+
+def test_what_all_tokens_have_in_common_is_not_rounded_to_e4m3() -> None:
+    q, k, v = attention_inputs("center", 1, 2, 512, 128)
+    found = attention_fp8.reference(q, k, v, *attention_norms("center", 128))
+    assert relative_error(found, exact(q, k, v)) < 4e-3
 
 
 def test_zeros_stay_zeros() -> None:

@@ -63,16 +63,17 @@ class InputWeights:
 
 @dataclass(frozen=True)
 class ScaledFP8:
-    """A tensor in e4m3 with one factor for all of it, as FP8 attention returns it: codes * scale."""
+    """A tensor in e4m3 with one factor for all of it, as FP8 attention returns it: codes * scale + center."""
 
     codes: Tensor  # (..., K) e4m3
     scale: Tensor  # (1,) float32
+    center: Tensor  # (K,) of dtype
     dtype: torch.dtype  # the 16-bit dtype that it stands for
 
     def __getitem__(self, index: Any) -> ScaledFP8:
-        """A part of it."""
-        return ScaledFP8(self.codes[index], self.scale, self.dtype)
+        """Some of the rows."""
+        return ScaledFP8(self.codes[index], self.scale, self.center, self.dtype)
 
     def dequantize(self) -> Tensor:
-        """The numbers: exact in bfloat16 where the factor is a power of two."""
-        return (self.codes.float() * self.scale).to(self.dtype)
+        """The numbers, rounded once."""
+        return (self.codes.float() * self.scale + self.center.float()).to(self.dtype)

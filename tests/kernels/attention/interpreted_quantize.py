@@ -10,58 +10,31 @@ import torch
 from support import attention_inputs, attention_norms
 from tonfa.kernels.attention.fp8_dequantize import dequantize
 from tonfa.kernels.attention.fp8_quantize import quantize
-from tonfa.kernels.attention.fp8_scales import Source, scales
 from tonfa.ops import attention_fp8
 from tonfa.ops.attention_fp8 import SCALARS
 
 CASES = [
     ("common", 1, 2, 205, 128, torch.bfloat16),
+    ("center", 2, 2, 35, 128, torch.bfloat16),
     ("outliers", 2, 3, 77, 64, torch.float16),
     ("zeros", 1, 3, 65, 80, torch.bfloat16),
     ("gaussian", 1, 1, 1, 16, torch.bfloat16),
 ]
 
 
-def check_scales() -> None:
-    """Of one and of two streams; what lies behind a stream's last norm is not read."""
-    norms = attention_norms("outliers", 128)
-    generator = torch.Generator().manual_seed(0)
-    sources = []
-    for i, rows in enumerate((300, 9000)):
-        lengths = torch.rand(rows + 7, generator=generator) * 10 ** (i + 1)
-        lengths[rows:] = torch.nan
-        sources.append(Source(lengths, rows, torch.tensor([3.0, 50.0 - 49 * i]), norms[0][i], norms[1][i]))
-    for chosen in (sources[:1], sources[1:], sources, sources[::-1]):
-        found = scales(chosen)
-        bounds = [s.norms[: s.rows].amax() * s.bound[0] + s.bound[1] for s in chosen]
-        exponents = [
-            attention_fp8.largest_exponents(bound)
-            for bound in (
-                attention_fp8.norm_bound([s.norm_q for s in chosen]),
-                attention_fp8.norm_bound([s.norm_k for s in chosen]),
-                torch.stack(bounds).amax(),
-            )
-        ]
-        one = torch.ones(1)
-        factors = torch.cat([torch.ldexp(one, exponent) for exponent in exponents])
-        assert torch.equal(found.factors, factors), (found.factors, factors)
-        assert torch.equal(found.descale, 1 / factors[2:])
-        p = attention_fp8.P_SCALE
-        expected = [1 / float(factors[0] * factors[1]), 1.0, 1.0, 1 / p, p, 1.0, 0.0, 0.0]
-        assert found.scalars[:, 0].tolist() == expected
-
-
 def main() -> None:
-    check_scales()
     for kind, batch, heads, tokens, size, dtype in CASES:
         q, k, v = attention_inputs(kind, batch, heads, tokens, size, dtype)
         norms = attention_norms(kind, size)
         if kind == "common":  # as in a single block, whose tokens share one norm
             norms = norms[0][:1], norms[1][1:]
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
-        scales = attention_fp8.exponents(v, *norms)
+        center = attention_fp8.center(v)
+        rest = attention_fp8.centered(v, center)
+        scales = attention_fp8.exponents(rest, *norms)
         found = quantize(q, k, v, *norms, torch.float32)
-        for x, y, exponent in ((found.q, q, scales.q), (found.k, k, scales.k), (found.v, v, scales.v)):
+        assert torch.equal(found.center, center)
+        for x, y, exponent in ((found.q, q, scales.q), (found.k, k, scales.k), (found.v, rest, scales.v)):
             assert x.transpose(1, 2).is_contiguous()
             assert torch.equal(x, torch.ldexp(y.float(), exponent)), kind
         one = torch.ones(1)
@@ -74,8 +47,8 @@ def main() -> None:
         )
         result = torch.randn(batch, tokens, heads, size).to(torch.float8_e4m3fn)
         assert torch.equal(
-            dequantize(result.float(), found.descale, torch.float32).flatten(2),
-            attention_fp8.dequantize(result, scales.v, torch.float32),
+            dequantize(result.float(), found.descale, center.float()).flatten(2),
+            attention_fp8.dequantize(result, scales.v, center, torch.float32),
         )
 
 

@@ -110,22 +110,25 @@ def test_16_bit_attention_asks_for_cudnn() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("kind", ["gaussian", "outliers", "common", "zeros"])
+@pytest.mark.parametrize("kind", ["gaussian", "outliers", "common", "center", "zeros"])
 def test_quantizers_on_the_gpu(fp8, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     q, k, v = attention_inputs(kind, *shape, dtype)
-    scales = attention_fp8.exponents(v, *attention_norms(kind, shape[3]))
     strided = k.transpose(1, 2).contiguous().transpose(1, 2)
     found = fp8.quantize(*cuda(q, strided, v), *cuda_norms(kind, shape[3]))
-    for x, y, exponent in ((found.q, q, scales.q), (found.k, k, scales.k), (found.v, v, scales.v)):
+    center = found.center.cpu()
+    torch.testing.assert_close(center, attention_fp8.center(v), rtol=1e-2, atol=1e-5)
+    rest = attention_fp8.centered(v, center)
+    scales = attention_fp8.exponents(rest, *attention_norms(kind, shape[3]))
+    for x, y, exponent in ((found.q, q, scales.q), (found.k, k, scales.k), (found.v, rest, scales.v)):
         assert torch.equal(x.cpu().view(torch.uint8), attention_fp8.quantize(y, exponent).view(torch.uint8))
     out = torch.randn(shape[0], shape[2], shape[1], shape[3]).to(torch.float8_e4m3fn)
-    back = fp8.dequantize(out.cuda(), found.descale, dtype).flatten(2).cpu()
-    assert torch.equal(back, attention_fp8.dequantize(out, scales.v, dtype))
+    back = fp8.dequantize(out.cuda(), found.descale, found.center).flatten(2).cpu()
+    assert torch.equal(back, attention_fp8.dequantize(out, scales.v, center, dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("kind", ["gaussian", "outliers", "common"])
+@pytest.mark.parametrize("kind", ["gaussian", "outliers", "common", "center"])
 def test_fp8_attention_keeps_to_its_specification(
     fp8, shape: tuple[int, ...], dtype: torch.dtype, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:

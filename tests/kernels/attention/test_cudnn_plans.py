@@ -128,7 +128,7 @@ def plans(device: Device, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def heads(length: int) -> QuantizedHeads:
     q, k, v = torch.zeros(3, 1, length, 2, 16).to(torch.float8_e4m3fn).transpose(2, 3)
-    return QuantizedHeads(q, k, v, torch.ones(len(SCALARS)), torch.ones(1))
+    return QuantizedHeads(q, k, v, torch.zeros(1), torch.ones(len(SCALARS)), torch.ones(1))
 
 
 def test_plans_are_built_once_and_few_are_kept(plans: ModuleType, device: Device) -> None:

@@ -150,7 +150,8 @@ def test_quantize_fp8(batch: int, length: int, k: int, rank: int, dtype: torch.d
     whole[:, 3] = 0
     whole[:, -1, ::7] = 448
     whole[:, -1, 1::7] = 2**-9
-    x = ScaledFP8(whole.clamp(-448, 448).to(torch.float8_e4m3fn), torch.tensor([0.25]), dtype)[:, 3:]
+    center = torch.linspace(-90, 70, k).to(dtype)
+    x = ScaledFP8(whole.clamp(-448, 448).to(torch.float8_e4m3fn), torch.tensor([0.25]), center, dtype)[:, 3:]
     found = quantize.quantize_fp8(x, inputs.pack_input(w))
     check_quantized(found, fused.quantize_fp8(Reference, x, w))
     check_norms(found)

@@ -68,7 +68,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, norm_q: Sequence[Tensor], norm_k
         except UnsupportedError as error:
             _say(str(error))
             return sdpa.attention(q, k, v)
-        return dequantize(out, x.descale, q.dtype).flatten(2)
+        return dequantize(out, x.descale, x.center).flatten(2)
 
 
 def attention(
@@ -106,4 +106,4 @@ def attend(
     dtype: torch.dtype,  # that the result stands for
 ) -> ScaledFP8:
     """(B, L, H * D). v's scale is the result's: no mean of its rows exceeds its largest element."""
-    return ScaledFP8(cudnn_fp8.attend(x).flatten(2), x.descale, dtype)
+    return ScaledFP8(cudnn_fp8.attend(x).flatten(2), x.descale, x.center, dtype)

@@ -1,4 +1,4 @@
-"""The result of FP8 attention to 16 bits: one power of two for all, exact in bfloat16. Bound by memory."""
+"""The result of FP8 attention to 16 bits: one power of two for all, and v's center again. Bound by memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ BLOCK = 4096
 def _dequantize(
     o,  # (count,) e4m3
     descale,  # (1,) float32
+    center,  # (channels,)
     out,  # (count,)
-    count, BLOCK: tl.constexpr,
+    count, channels, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(o + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(out + at, (x * tl.load(descale)).to(out.dtype.element_ty), mask=at < count)
+    c = tl.load(center + at % channels).to(tl.float32)
+    tl.store(out + at, (x * tl.load(descale) + c).to(out.dtype.element_ty), mask=at < count)
 
 
 def dequantize(
-    o: Tensor,  # e4m3, contiguous
+    o: Tensor,  # (B, L, H, D) e4m3, contiguous
     descale: Tensor,  # (1,) float32
-    dtype: torch.dtype,  # bfloat16 or float16
+    center: Tensor,  # (H * D,) bfloat16 or float16
 ) -> Tensor:
-    """The numbers, in o's shape."""
-    out = torch.empty(o.shape, dtype=dtype, device=o.device)
-    _dequantize[triton.cdiv(o.numel(), BLOCK),](o, descale, out, o.numel(), BLOCK=BLOCK, num_warps=4)
+    """The numbers, in o's shape and the center's dtype."""
+    out = torch.empty(o.shape, dtype=center.dtype, device=o.device)
+    _dequantize[triton.cdiv(o.numel(), BLOCK),](
+        o, descale, center, out, o.numel(), center.numel(), BLOCK=BLOCK, num_warps=4
+    )
     return out

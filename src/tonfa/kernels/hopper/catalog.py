@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from tonfa.kernels.cuda.kernel import ELEMENTS, Kernel
-from tonfa.kernels.hopper import add_lowrank, expand, product_kernel, quantize, tiles
+from tonfa.kernels.hopper import add_lowrank, attention_center, expand, product_kernel, quantize, tiles
 from tonfa.kernels.hopper.product_kernel import GATE_RESIDUAL, GELU_QUANTIZE, NORM_ROPE, NORM_ROPE_FP8
 
 MULTIPROCESSORS = 132
@@ -59,4 +59,5 @@ def kernels(multiprocessors: int = MULTIPROCESSORS, dtypes: Iterable[torch.dtype
     for dtype in dtypes:
         found += _quantizers(dtype, multiprocessors)
         found += _products(dtype, multiprocessors)
+        found.append(attention_center.kernel(dtype, HIDDEN))
     return list(dict.fromkeys(found))

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tonfa.errors import FormatError
 from tonfa.kernels.cuda.kernel import Kernel, Struct
@@ -105,11 +106,14 @@ def start(
     epilogue: int,
     tile: tuple[int, int] | None = None,
     down_rank: int | None = None,
+    wide: Tensor | None = None,
+    bias: Tensor | None = None,
     **values: Any,
 ) -> None:
     """Expand the weights and start the product; `values` are what the epilogue needs of `Product`.
 
-    `tile`: its tokens, and how many of the same tokens a block takes one after another.
+    `tile`: its tokens, and how many of the same tokens a block takes one after another. `wide`: the weights in e4m3, if
+    they are expanded already. `bias`: (N,) float32, in place of the weights' own.
     """
     if not isinstance(x, HopperActivation):
         raise FormatError("product: the input must come from this backend's quantize")
@@ -126,10 +130,10 @@ def start(
         x=x.codes.data_ptr(),
         x_scale=x.scales.data_ptr(),
         lora=x.lowrank.data_ptr(),
-        w=expanded(w, device).data_ptr(),
+        w=(expanded(w, device) if wide is None else wide).data_ptr(),
         w_scale=w.row_scales.data_ptr(),
         up=w.up.data_ptr(),
-        bias=w.bias.data_ptr(),
+        bias=(w.bias if bias is None else bias).data_ptr(),
         m=x.rows,
         m_pad=x.codes.shape[1],
         n=n,

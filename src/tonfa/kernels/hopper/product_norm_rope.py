@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,36 +64,56 @@ def product_norm_rope_into(
     if size != HEAD_DIM or w.columns != w.out_features or heads.stride(4) != 1:
         fused.product_norm_rope_into(Primitives, x, w, norm_q, norm_k, rotary, heads, offset)
         return
-    start_heads(x, w, norm_q, norm_k, rotary, places, None)
+    start_heads(x, w, *norm_weights(x, norm_q, norm_k), rotary, places)
+
+
+def norm_weights(
+    x: HopperActivation,
+    norm_q: Tensor,  # (D,)
+    norm_k: Tensor,  # (D,)
+) -> tuple[Tensor, Tensor]:
+    """They as kernels read them: of x's dtype, aligned."""
+    q, k = (aligned(norm.to(x.dtype)) for norm in (norm_q, norm_k))
+    for name, norm in (("norm_q", q), ("norm_k", k)):
+        expect(f"product_norm_rope: {name}", norm, (HEAD_DIM,), x.dtype, x.codes.device)
+    return q, k
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Of heads to e4m3."""
+
+    factors: Tensor  # (3,) float32: what q, k and v are multiplied with before
+    bias: Tensor  # (N,) float32, in place of the weights' own
+    wide: Tensor | None  # the weights in e4m3, if they are expanded already
 
 
 def start_heads(
     x: HopperActivation,  # B * L rows
     w: PackedProduct,
-    norm_q: Tensor,  # (D,)
+    norm_q: Tensor,  # (D,), see `norm_weights`
     norm_k: Tensor,  # (D,)
     rotary: Rotary,  # (L, D) each
     places: Tensor,  # (3, B, H, L, D), D contiguous
-    factors: Tensor | None,  # (3,) float32: what q, k and v are multiplied with before they are rounded to e4m3
+    rounding: Rounding | None = None,
 ) -> None:
-    """Normalize, rotate and write heads of 128 channels: in x's dtype, or in e4m3 if there are factors."""
+    """Normalize, rotate and write heads of 128 channels: in x's dtype, or rounded to e4m3."""
     q, k, v = places.unbind(0)
     device, length = x.codes.device, rotary[0].shape[0]
-    norms = [aligned(norm.to(x.dtype)) for norm in (norm_q, norm_k)]
-    for name, norm in zip(("norm_q", "norm_k"), norms, strict=True):
-        expect(f"product_norm_rope: {name}", norm, (HEAD_DIM,), x.dtype, device)
     table = _rotary_table(rotary)
     expect("product_norm_rope: the rotary table", table, (length, HEAD_DIM // 2, 2), torch.float16, device)
     start(
         x,
         w,
-        NORM_ROPE if factors is None else NORM_ROPE_FP8,
-        factors=None if factors is None else factors.data_ptr(),
+        NORM_ROPE if rounding is None else NORM_ROPE_FP8,
+        wide=None if rounding is None else rounding.wide,
+        bias=None if rounding is None else rounding.bias,
+        factors=None if rounding is None else rounding.factors.data_ptr(),
         out=q.data_ptr(),
         out_k=k.data_ptr(),
         out_v=v.data_ptr(),
-        norm_q=norms[0].data_ptr(),
-        norm_k=norms[1].data_ptr(),
+        norm_q=norm_q.data_ptr(),
+        norm_k=norm_k.data_ptr(),
         rotary=table.data_ptr(),
         batch_stride=q.stride(0),
         token_stride=q.stride(2),

@@ -1,7 +1,8 @@
 """product_norm_rope_fp8: q, k and v leave the product in e4m3, where FP8 attention reads them.
 
 24 heads of 4608 tokens: 42 MB are written, where 16 bits are 85, and nothing passes over them again. The norm is taken
-in float32 and rounded once. Scales come from bounds (kernels/attention/fp8_scales.py) before the product starts.
+in float32 and rounded once. Scales and v's center are known before the product starts (attention_center.py); the center
+is a part of the product's bias.
 """
 
 from __future__ import annotations
@@ -11,23 +12,24 @@ from collections.abc import Sequence
 import torch
 
 from tonfa.errors import FormatError
-from tonfa.kernels.attention.fp8_scales import Source, scales
 from tonfa.kernels.hopper.activation import HopperActivation
+from tonfa.kernels.hopper.attention_center import Source, prepare
+from tonfa.kernels.hopper.expanded import expanded
 from tonfa.kernels.hopper.packed_product import PackedProduct
-from tonfa.kernels.hopper.product_norm_rope import HEAD_DIM, start_heads
+from tonfa.kernels.hopper.product_norm_rope import HEAD_DIM, Rounding, norm_weights, start_heads
 from tonfa.ops.attention_fp8 import QuantizedHeads
 from tonfa.ops.fused import Projection, empty_heads
 
 
 def _source(p: Projection) -> Source | None:
-    """What bounds these tokens; None if this kernel does not take them."""
+    """What makes heads of these tokens; None if this kernel does not take them."""
     length, size = p.rotary[0].shape
     if not isinstance(p.x, HopperActivation) or p.x.norms is None or not isinstance(p.w, PackedProduct):
         return None
     fits = p.x.rows > 0 and p.x.rows % length == 0 and size == HEAD_DIM
     if not fits or p.w.columns != p.w.out_features or p.w.out_features % (3 * HEAD_DIM):
         return None
-    return Source(p.x.norms, p.x.rows, p.w.value_bound, p.norm_q, p.norm_k)
+    return Source(p.x, p.x.norms, p.w, *norm_weights(p.x, p.norm_q, p.norm_k))
 
 
 def product_norm_rope_fp8(
@@ -38,20 +40,20 @@ def product_norm_rope_fp8(
     if not 0 < len(sources) == len(projections) <= 2:
         return None
     lengths = [p.rotary[0].shape[0] for p in projections]
-    batch, heads = sources[0].rows // lengths[0], projections[0].w.out_features // (3 * HEAD_DIM)
-    for p, source, length in zip(projections, sources, lengths, strict=True):
-        if (source.rows, p.w.out_features) != (batch * length, 3 * heads * HEAD_DIM):
-            found = f"{source.rows} rows of {length} tokens, {p.w.out_features} channels"
+    batch, heads = sources[0].x.rows // lengths[0], sources[0].w.out_features // (3 * HEAD_DIM)
+    for source, length in zip(sources, lengths, strict=True):
+        if (source.x.rows, source.w.out_features) != (batch * length, 3 * heads * HEAD_DIM):
+            found = f"{source.x.rows} rows of {length} tokens, {source.w.out_features} channels"
             raise FormatError(f"product_norm_rope_fp8: expected {batch} images of {heads} heads each, got {found}")
-    device = sources[0].norms.device
-    with torch.cuda.device(device):
-        known = scales(sources)
+    device = sources[0].x.codes.device
     joint = empty_heads(batch, heads, sum(lengths), HEAD_DIM, torch.float8_e4m3fn, device)
-    offset = 0
-    for p, length in zip(projections, lengths, strict=True):
-        assert isinstance(p.x, HopperActivation)
-        places = joint[:, :, :, offset : offset + length]
-        start_heads(p.x, p.w, p.norm_q, p.norm_k, p.rotary, places, known.factors)
-        offset += length
+    places = joint.split(lengths, dim=3)
+    order = sorted(range(len(sources)), key=lambda i: -lengths[i])  # most tokens are those of the first one
+    wide = expanded(sources[order[0]].w, device)
+    known = prepare([sources[i] for i in order], wide)
+    for i, bias in zip(order, known.biases, strict=True):
+        source = sources[i]
+        rounding = Rounding(known.factors, bias, wide if i == order[0] else None)
+        start_heads(source.x, source.w, source.norm_q, source.norm_k, projections[i].rotary, places[i], rounding)
     q, k, v = joint.unbind(0)
-    return QuantizedHeads(q, k, v, known.scalars, known.descale)
+    return QuantizedHeads(q, k, v, known.center, known.scalars, known.descale)

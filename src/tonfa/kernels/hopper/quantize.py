@@ -140,10 +140,12 @@ def quantize_fp8(
     x: ScaledFP8,  # (..., K)
     w: PackedInput,
 ) -> HopperActivation:
-    """The same for e4m3 with one factor, whose bytes alone are read."""
+    """The same for e4m3 with one factor and a center, a power of two and of x's dtype; its bytes alone are read."""
     if w.channels > LARGEST_CHANNELS:
         return quantize(x.dequantize(), w)
-    return _run(rows_of(x.codes, w, x.dtype, "quantize_fp8"), w, unit=x.scale)
+    codes, center = rows_of(x.codes, w, x.dtype, "quantize_fp8"), aligned(x.center)
+    expect("quantize_fp8: the center", center, (w.channels,), x.dtype, codes.device)
+    return _run(codes, w, shift=center, unit=x.scale)
 
 
 def norm_modulate_quantize(

@@ -1,4 +1,5 @@
-// PTX instructions as functions that the quantizers alone need: products of 16-bit numbers, copies of 16 bytes.
+// PTX instructions as functions that the product does not need: products of 16-bit numbers, sums and maxima of warps,
+// copies of 16 bytes.
 #pragma once
 
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

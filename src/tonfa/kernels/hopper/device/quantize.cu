@@ -3,8 +3,9 @@
 // rows), FP16 are defined by the caller.
 //
 // codes = e4m3(y / smooth / x_scale), x_scale = absmax(y / smooth) / 448, lora = (y down) / x_scale, with y = x or
-// y = LayerNorm(x) * scale + shift rounded to 16 bits. FROM_FP8: x is e4m3 in units of *unit, which only x_scale and
-// norms need to know, since all else is relative to the row's scale.
+// y = LayerNorm(x) * scale + shift rounded to 16 bits. FROM_FP8: x is e4m3 in units of *unit, a power of two, and
+// y = x + shift / *unit rounded to 16 bits, in these units: only x_scale and norms need to know them, since all else is
+// relative to the row's scale.
 //
 // A block has a.rows rows, all in shared memory, so that all blocks run at once; each row is one copy of the copy
 // engine, in the order of use. First, a warp takes every 12th row, alone and as it arrives: its mean and variance, then
@@ -22,6 +23,8 @@ constexpr int TURN = 3;  // rows that a warp takes at once, at most: more share 
 constexpr int RANKS = 32;  // of a warp
 constexpr uint32_t ONES = FP16 ? 0x3C003C00u : 0x3F803F80u;
 
+constexpr bool SHIFT = NORM || FROM_FP8;
+
 #if FROM_FP8
 using Eight = uint2;  // channels of x
 constexpr int X_PLACE = CHANNELS;  // of a row's bytes in its place: y, from the front on, follows behind what is read
@@ -34,8 +37,8 @@ constexpr int X_BYTES = sizeof(Eight) / 8;  // of a channel
 struct Quantize {
   const uint8_t* x;          // 16-bit numbers, FROM_FP8: e4m3
   const float* unit;         // FROM_FP8
-  const uint16_t* scale;     // (B, modulation_stride), holds the 1 of "1 + scale"
-  const uint16_t* shift;
+  const uint16_t* scale;     // NORM: (B, modulation_stride), holds the 1 of "1 + scale"
+  const uint16_t* shift;     // NORM: likewise; FROM_FP8: (K)
   const float* inverse;      // (K) 1 / smooth
   const uint4* down;         // (K/128, R/16, 8, 32) A fragments of 16 ranks and 16 channels, zeros beyond K
   uint8_t* codes;            // (K/128, m_pad, 128)
@@ -131,8 +134,9 @@ struct Piece {
   Eight x[N];
   float inverse[8];
 #if NORM
-  uint4 scale, shift;
+  uint4 scale;
 #endif
+  uint4 shift;
 };
 
 struct Found {  // of a row, in the lane with the row's number among those of the warp
@@ -140,17 +144,15 @@ struct Found {  // of a row, in the lane with the row's number among those of th
 };
 
 // Row `first` of the block and those that come 12 behind one another: y, 16 bits a channel, and what is found. A step is
-// read before the one ahead of it is computed. The rows' normalizations are the last ones of `norms`.
+// read before the one ahead of it is computed. The rows' normalizations are the last ones of `norms`; `per_unit` is 1 / unit.
 template <int N>
-__device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const float* inverses, int first, int batch, const Normalization (&norms)[TURN], Found& found) {
+__device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const float* inverses, int first, int batch, float per_unit, const Normalization (&norms)[TURN], Found& found) {
   const int lane = threadIdx.x % 32;
   const uint8_t* from = rows + first * STRIDE + X_PLACE + lane * (8 * X_BYTES);
   uint8_t* to = rows + first * STRIDE + lane * 16;
   const float* inverse = inverses + place_of_inverse(lane);
-#if NORM
   const size_t modulation = (size_t)batch * a.modulation_stride + lane * 8;
   const uint16_t *scale = a.scale + modulation, *shift = a.shift + modulation;
-#endif
   auto read = [&](int step) {
     Piece<N> piece;
     if (CHANNELS % 256) piece = {};
@@ -161,8 +163,8 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
       read_inverse(inverse + step * 256, piece.inverse);
 #if NORM
       piece.scale = __ldg((const uint4*)(scale + step * 256));
-      piece.shift = __ldg((const uint4*)(shift + step * 256));
 #endif
+      if (SHIFT) piece.shift = __ldg((const uint4*)(shift + step * 256));
     }
     return piece;
   };
@@ -173,11 +175,11 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
   for (int step = 0; step < STEPS; ++step) {
     const Piece<N> now = next;
     next = read(min(step + 1, STEPS - 1));  // the last one in vain: a branch would cost copies of registers
-#if NORM
     float s[8], h[8];
+#if NORM
     unpack(now.scale, s);
-    unpack(now.shift, h);
 #endif
+    if (SHIFT) unpack(now.shift, h);
     if (FROM_FP8) __syncwarp();  // y may be written where another lane read
 #pragma unroll
     for (int r = 0; r < N; ++r) {
@@ -186,14 +188,15 @@ __device__ __forceinline__ void take(const Quantize& a, uint8_t* rows, const flo
 #if NORM
 #pragma unroll
       for (int e = 0; e < 8; ++e) f[e] = fmaf(fmaf(f[e], norms[TURN - N + r].rstd, norms[TURN - N + r].offset), s[e], h[e]);
+#elif FROM_FP8
+#pragma unroll
+      for (int e = 0; e < 8; ++e) f[e] = fmaf(h[e], per_unit, f[e]);
 #endif
-#if NORM || FROM_FP8
-      const uint4 y = packed(f);
-      if (exists(step)) *(uint4*)(to + r * (WARPS * STRIDE) + step * 512) = y;
-#endif
-#if NORM
-      unpack(y, f);
-#endif
+      if (SHIFT) {
+        const uint4 y = packed(f);
+        if (exists(step)) *(uint4*)(to + r * (WARPS * STRIDE) + step * 512) = y;
+        unpack(y, f);
+      }
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const float u = f[e] * now.inverse[e];
@@ -241,6 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
   }
   __syncthreads();  // also the barriers are ready
 
+  const float unit = FROM_FP8 ? __ldg(a.unit) : 1.f, per_unit = 1.f / unit;
   // Turns are whole but for the first: the warp is done with it when the other rows arrive. n: rows of the turn so far.
   Found found;
   Normalization norms[TURN] = {};
@@ -256,14 +260,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantize(const __grid_c
 #endif
     if (!last) continue;
     const int first = row - (n - 1) * WARPS;
-    if (n == 1) take<1>(a, rows, inverses, first, batch, norms, found);
-    if (n == 2) take<2>(a, rows, inverses, first, batch, norms, found);
-    if (n == 3) take<3>(a, rows, inverses, first, batch, norms, found);
+    if (n == 1) take<1>(a, rows, inverses, first, batch, per_unit, norms, found);
+    if (n == 2) take<2>(a, rows, inverses, first, batch, per_unit, norms, found);
+    if (n == 3) take<3>(a, rows, inverses, first, batch, per_unit, norms, found);
     n = 0;
   }
   const int own = warp + lane * WARPS;
   if (own < count) {
-    const float s = found.largest * (1.f / 448.f), unit = FROM_FP8 ? __ldg(a.unit) : 1.f;
+    const float s = found.largest * (1.f / 448.f);
     reciprocals[own] = s > 0.f ? 1.f / s : 0.f;
     a.x_scale[m0 + own] = s * unit;
     a.norms[m0 + own] = norm_bound(found.squares, found.largest, s) * unit;
