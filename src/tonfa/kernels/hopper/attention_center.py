@@ -4,7 +4,7 @@ v's center comes from the mean of 32 rows of the input: on random weights of FLU
 the same with the mean of all tokens. Scales come from bounds: |v| is at most the norm of a row times that of a row of
 the weights (Cauchy-Schwarz), ten to a hundred times the largest |v|, which e4m3 with its fifteen binades does not feel.
 
-3072 channels: 96 blocks read 9 MB of weights that have just been expanded, and the samples, all from L2.
+3072 channels: 96 blocks read 5 MB of weights, and the samples from L2.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class AttentionCenter(Struct):
                 "x",
                 "x_scale",
                 "lora",
-                "w",
+                "qweight",
+                "wscales",
                 "w_scale",
                 "up",
                 "center",
@@ -57,7 +58,7 @@ class AttentionCenter(Struct):
                 "descale",
             )
         ),
-        *((name, c_int32) for name in ("stream_count", "m_pad", "k", "values", "rank", "rank_start")),
+        *((name, c_int32) for name in ("stream_count", "sampled", "m_pad", "k", "values", "rank", "rank_start")),
     ]
 
 
@@ -96,15 +97,15 @@ def kernel(dtype: torch.dtype, channels: int) -> Kernel:
 
 
 def prepare(
-    sources: Sequence[Source],  # one or two, of as many channels; the first one's v is what the center is taken of
-    wide: Tensor,  # the first one's weights in e4m3
+    sources: Sequence[Source],  # one or two, of as many channels
+    sampled: int,  # the source whose v the center is taken of
 ) -> Prepared:
     """Start the kernel."""
-    first, device = sources[0], sources[0].x.codes.device
-    values = first.w.out_features // 3
+    main, device = sources[sampled], sources[sampled].x.codes.device
+    values = main.w.out_features // 3
     found = Prepared(
         tuple(torch.empty(3 * values, device=device) for _ in sources),
-        torch.empty(values, dtype=first.x.dtype, device=device),
+        torch.empty(values, dtype=main.x.dtype, device=device),
         torch.empty(3, device=device),
         torch.empty((len(SCALARS), 4), device=device),
         torch.empty(1, device=device),
@@ -123,22 +124,24 @@ def prepare(
     ]
     parameters = AttentionCenter(
         streams=(Stream * 2)(*streams),
-        x=first.x.codes.data_ptr(),
-        x_scale=first.x.scales.data_ptr(),
-        lora=first.x.lowrank.data_ptr(),
-        w=wide.data_ptr(),
-        w_scale=first.w.row_scales.data_ptr(),
-        up=first.w.up.data_ptr(),
+        x=main.x.codes.data_ptr(),
+        x_scale=main.x.scales.data_ptr(),
+        lora=main.x.lowrank.data_ptr(),
+        qweight=main.w.qweight.data_ptr(),
+        wscales=main.w.wscales.data_ptr(),
+        w_scale=main.w.row_scales.data_ptr(),
+        up=main.w.up.data_ptr(),
         center=found.center.data_ptr(),
         factors=found.factors.data_ptr(),
         scalars=found.scalars.data_ptr(),
         descale=found.descale.data_ptr(),
         stream_count=len(sources),
-        m_pad=first.x.codes.shape[1],
-        k=first.x.channels,
+        sampled=sampled,
+        m_pad=main.x.codes.shape[1],
+        k=main.x.channels,
         values=values,
-        rank=first.x.rank,
-        rank_start=first.x.rank_start,
+        rank=main.x.rank,
+        rank_start=main.x.rank_start,
     )
-    launch(kernel(first.x.dtype, first.x.channels), device, (values // _CHANNELS + 1,), parameters)
+    launch(kernel(main.x.dtype, main.x.channels), device, (values // _CHANNELS + 1,), parameters)
     return found

@@ -106,14 +106,13 @@ def start(
     epilogue: int,
     tile: tuple[int, int] | None = None,
     down_rank: int | None = None,
-    wide: Tensor | None = None,
     bias: Tensor | None = None,
     **values: Any,
 ) -> None:
     """Expand the weights and start the product; `values` are what the epilogue needs of `Product`.
 
-    `tile`: its tokens, and how many of the same tokens a block takes one after another. `wide`: the weights in e4m3, if
-    they are expanded already. `bias`: (N,) float32, in place of the weights' own.
+    `tile`: its tokens, and how many of the same tokens a block takes one after another. `bias`: (N,)
+    float32, in place of the weights' own.
     """
     if not isinstance(x, HopperActivation):
         raise FormatError("product: the input must come from this backend's quantize")
@@ -130,7 +129,7 @@ def start(
         x=x.codes.data_ptr(),
         x_scale=x.scales.data_ptr(),
         lora=x.lowrank.data_ptr(),
-        w=(expanded(w, device) if wide is None else wide).data_ptr(),
+        w=expanded(w, device).data_ptr(),
         w_scale=w.row_scales.data_ptr(),
         up=w.up.data_ptr(),
         bias=(w.bias if bias is None else bias).data_ptr(),

@@ -85,7 +85,6 @@ class Rounding:
 
     factors: Tensor  # (3,) float32: what q, k and v are multiplied with before
     bias: Tensor  # (N,) float32, in place of the weights' own
-    wide: Tensor | None  # the weights in e4m3, if they are expanded already
 
 
 def start_heads(
@@ -106,7 +105,6 @@ def start_heads(
         x,
         w,
         NORM_ROPE if rounding is None else NORM_ROPE_FP8,
-        wide=None if rounding is None else rounding.wide,
         bias=None if rounding is None else rounding.bias,
         factors=None if rounding is None else rounding.factors.data_ptr(),
         out=q.data_ptr(),

@@ -14,7 +14,6 @@ import torch
 from tonfa.errors import FormatError
 from tonfa.kernels.hopper.activation import HopperActivation
 from tonfa.kernels.hopper.attention_center import Source, prepare
-from tonfa.kernels.hopper.expanded import expanded
 from tonfa.kernels.hopper.packed_product import PackedProduct
 from tonfa.kernels.hopper.product_norm_rope import HEAD_DIM, Rounding, norm_weights, start_heads
 from tonfa.ops.attention_fp8 import QuantizedHeads
@@ -48,12 +47,9 @@ def product_norm_rope_fp8(
     device = sources[0].x.codes.device
     joint = empty_heads(batch, heads, sum(lengths), HEAD_DIM, torch.float8_e4m3fn, device)
     places = joint.split(lengths, dim=3)
-    order = sorted(range(len(sources)), key=lambda i: -lengths[i])  # most tokens are those of the first one
-    wide = expanded(sources[order[0]].w, device)
-    known = prepare([sources[i] for i in order], wide)
-    for i, bias in zip(order, known.biases, strict=True):
-        source = sources[i]
-        rounding = Rounding(known.factors, bias, wide if i == order[0] else None)
-        start_heads(source.x, source.w, source.norm_q, source.norm_k, projections[i].rotary, places[i], rounding)
+    largest = max(range(len(sources)), key=lambda i: lengths[i])  # has most of the v that are centered
+    known = prepare(sources, largest)
+    for p, s, bias, place in zip(projections, sources, known.biases, places, strict=True):
+        start_heads(s.x, s.w, s.norm_q, s.norm_k, p.rotary, place, Rounding(known.factors, bias))
     q, k, v = joint.unbind(0)
     return QuantizedHeads(q, k, v, known.center, known.scalars, known.descale)

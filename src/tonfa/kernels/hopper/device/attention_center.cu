@@ -1,7 +1,7 @@
 // What FP8 attention takes from v, and the scales of q, k and v, before any of them is computed. Written for NVRTC: no
 // headers but ours. FP16, P_SCALE, SMALLEST_BOUND and LARGEST_BOUND (ops/attention_fp8.py) are defined by the caller.
 //
-// The center is the v of the mean of SAMPLES rows of the first stream's input. It need not be the mean of v: attention is
+// The center is the v of the mean of SAMPLES rows of one stream's input. It need not be the mean of v: attention is
 // a mean itself, so what is taken from v is added to its result. The last block finds the scales from bounds, the others
 // CHANNELS of the center each.
 #include "asynchronous.cuh"
@@ -10,8 +10,7 @@
 
 constexpr int THREADS = 384, WARPS = THREADS / 32;
 constexpr int CHANNELS = 32;
-constexpr int SAMPLES = 32;
-constexpr int QUADS = CHANNELS / 4;  // of channels: a warp reads 128 bytes each of four at a time
+constexpr int SAMPLES = 32;  // one for each lane
 constexpr int LARGEST_RANK = 256;
 constexpr int HEAD_DIM = 128;
 
@@ -27,17 +26,18 @@ struct Stream {
 
 struct AttentionCenter {
   Stream streams[2];
-  const uint8_t* x;        // of the first stream, as in Product: (K/128, m_pad, 128) e4m3
+  const uint8_t* x;        // of the sampled stream, as in Product: (K/128, m_pad, 128) e4m3
   const float* x_scale;    // (m_pad)
   const uint8_t* lora;     // (R/64, m_pad, 64) bf16, swizzled, divided by x_scale
-  const uint8_t* w;        // (K/128, 3 values, 128) e4m3
+  const uint8_t* qweight;  // (3 values, K/2)
+  const uint16_t* wscales; // (K/64, 3 values)
   const float* w_scale;    // (3 values)
   const uint16_t* up;      // (3 values / 128, R/16, 256, 8) fragments, bf16, divided by w_scale
   uint16_t* center;        // (values)
   float* factors;          // (3) powers of two: what q, k and v are multiplied with
   float* scalars;          // (8, 4) the first of each row: what cuDNN takes
   float* descale;          // (1) 1 / factors[2]
-  int stream_count, m_pad, k, values, rank, rank_start;
+  int stream_count, sampled, m_pad, k, values, rank, rank_start;
 };
 
 __device__ __forceinline__ float from_bf16_bits(uint16_t v) { return __uint_as_float((uint32_t)v << 16); }
@@ -55,9 +55,12 @@ __device__ __forceinline__ void unpack_e4m3(uint4 codes, float (&f)[16]) {
   for (int e = 0; e < 8; ++e) *(float2*)(f + 2 * e) = from_e4m3((uint16_t)(u[e / 2] >> 16 * (e % 2)));
 }
 
-// The mean of the samples, 16 bytes' channels at a time, as four float4 `pieces` apart. Two lanes share a piece.
-__device__ __forceinline__ void find_mean(const AttentionCenter& a, float4* mean, int pieces) {
-  const int rows = a.streams[0].rows;
+// Where four channels of the mean lie in shared memory: two lanes 32 channels apart meet all banks.
+__device__ __forceinline__ int place_of_four(int four) { return four ^ (four >> 3 & 1); }
+
+// The mean of the samples. Two lanes share a piece of 16 bytes, which are channels 32 q + 4 c .. 32 q + 4 c + 3 of its tile.
+__device__ __forceinline__ void find_mean(const AttentionCenter& a, float4* mean) {
+  const int rows = a.streams[a.sampled].rows, pieces = (a.k + 127) / 128 * 8;
   for (int start = 0; start < 2 * pieces; start += THREADS) {
     const bool exists = start + threadIdx.x < 2 * pieces;
     const int piece = exists ? (start + threadIdx.x) / 2 : 0, half = threadIdx.x % 2;
@@ -76,21 +79,19 @@ __device__ __forceinline__ void find_mean(const AttentionCenter& a, float4* mean
     for (int e = 0; e < 16; ++e) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], 1);
 #pragma unroll
     for (int q = 0; q < 4; ++q)
-      if (exists && q / 2 == half) mean[q * pieces + piece] = make_float4(sum[4 * q], sum[4 * q + 1], sum[4 * q + 2], sum[4 * q + 3]);
+      if (exists && q / 2 == half)
+        mean[place_of_four(piece / 8 * 32 + 8 * q + piece % 8)] = make_float4(sum[4 * q], sum[4 * q + 1], sum[4 * q + 2], sum[4 * q + 3]);
   }
 }
 
+// Of the low-rank branch.
 __device__ __forceinline__ void find_branch(const AttentionCenter& a, float* branch) {
-  for (int r = threadIdx.x; r < a.rank; r += THREADS) {
-    const int column = a.rank_start + r, piece = column % 64 / 8;
-    float sum = 0.f;
-#pragma unroll 8
-    for (int s = 0; s < SAMPLES; ++s) {
-      const int row = sample(s, a.streams[0].rows);
-      const uint8_t* from = a.lora + ((size_t)(column / 64) * a.m_pad + row) * 128 + ((piece ^ row) & 7) * 16;
-      sum = fmaf(from_bf16_bits(__ldg((const uint16_t*)from + column % 8)), __ldg(a.x_scale + row) * (1.f / SAMPLES), sum);
-    }
-    branch[r] = sum;
+  const int row = sample(threadIdx.x % 32, a.streams[a.sampled].rows);
+  const float scale = __ldg(a.x_scale + row) * (1.f / SAMPLES);
+  for (int r = threadIdx.x / 32; r < a.rank; r += WARPS) {
+    const int column = a.rank_start + r;
+    const uint8_t* from = a.lora + ((size_t)(column / 64) * a.m_pad + row) * 128 + ((column % 64 / 8 ^ row) & 7) * 16;
+    branch[r] = warp_sum(from_bf16_bits(__ldg((const uint16_t*)from + column % 8)) * scale);
   }
 }
 
@@ -101,55 +102,58 @@ __device__ __forceinline__ float up_of(const AttentionCenter& a, int n, int r) {
   return from_bf16_bits(__ldg(a.up + fragment * 8 + r % 16 / 8 * 4 + n % 16 / 8 * 2 + r % 2));
 }
 
+// Of 32 channels, two's complement.
+__device__ __forceinline__ float dot(uint4 codes, const float (&x)[32]) {
+  const uint32_t u[4] = {codes.x, codes.y, codes.z, codes.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int e = 0; e < 32; ++e) {
+    const float code = __uint_as_float((u[e / 8] >> 4 * (e % 8) & 15) ^ 0x4B000008u) - 0x800008p0f;
+    sum = fmaf(code, x[e], sum);
+  }
+  return sum;
+}
+
 __device__ __forceinline__ void find_center(const AttentionCenter& a, float4* mean) {
   __shared__ float branch[LARGEST_RANK];
   __shared__ float sums[WARPS][CHANNELS];
-  const int tiles = (a.k + 127) / 128, pieces = tiles * 8, first = blockIdx.x * CHANNELS, n0 = 2 * a.values + first;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = blockIdx.x * CHANNELS, n0 = 2 * a.values + first, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   find_branch(a, branch);
-  find_mean(a, mean, pieces);
+  find_mean(a, mean);
   __syncthreads();
 
-  // A warp takes every 12th tile: lane l has the piece at place l % 8 of channels l / 8, 4 + l / 8, 8 + l / 8, ...
-  float sum[QUADS] = {};
-  for (int tile = warp; tile < tiles; tile += WARPS) {
-    const uint8_t* from = a.w + ((size_t)tile * 3 * a.values + n0) * 128 + lane * 16;
-    uint4 codes[QUADS];
+  // A warp takes every 12th group of 64 channels: two lanes have 32 each, of rows lane / 2 and that + 16.
+  float sum[2] = {};
+  const uint8_t* codes = a.qweight + (size_t)(n0 + lane / 2) * (a.k / 2) + lane % 2 * 16;
+  const uint16_t* scales = a.wscales + n0 + lane / 2;
+#pragma unroll 4
+  for (int group = warp; group < a.k / 64; group += WARPS) {
+    float x[32];
 #pragma unroll
-    for (int j = 0; j < QUADS; ++j) codes[j] = __ldg((const uint4*)(from + j * 512));
+    for (int i = 0; i < 8; ++i) *(float4*)(x + 4 * i) = mean[place_of_four(group * 16 + lane % 2 * 8 + i)];
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const float4* at = mean + tile * 8 + (lane % 8 ^ (4 * odd + lane / 8));
-      float x[16];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) *(float4*)(x + 4 * q) = at[q * pieces];
-#pragma unroll
-      for (int j = odd; j < QUADS; j += 2) {
-        float f[16];
-        unpack_e4m3(codes[j], f);
-#pragma unroll
-        for (int e = 0; e < 16; ++e) sum[j] = fmaf(f[e], x[e], sum[j]);
-      }
+    for (int h = 0; h < 2; ++h) {
+      const uint4 of_row = __ldg((const uint4*)(codes + (size_t)(16 * h) * (a.k / 2) + group * 32));
+      sum[h] = fmaf(dot(of_row, x), to_float(__ldg(scales + (size_t)group * 3 * a.values + 16 * h)), sum[h]);
     }
   }
+  const int n = n0 + lane;
+  float share = 0.f;  // of the branch, for the lane's channel
+  for (int r = warp; r < a.rank; r += WARPS) share = fmaf(up_of(a, n, r), branch[r], share);
 #pragma unroll
-  for (int j = 0; j < QUADS; ++j) {
-#pragma unroll
-    for (int step = 1; step <= 4; step *= 2) sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], step);
-    if (lane % 8 == 0) sums[warp][4 * j + lane / 8] = sum[j];
+  for (int h = 0; h < 2; ++h) {
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+    if (lane % 2 == 0) sums[warp][16 * h + lane / 2] = sum[h];
   }
   __syncwarp();
-  float share = 0.f;  // of the branch, for the lane's channel
-  for (int r = warp; r < a.rank; r += WARPS) share = fmaf(up_of(a, n0 + lane, r), branch[r], share);
-  sums[warp][lane] += share;
+  sums[warp][lane] += share * __ldg(a.w_scale + n);
   __syncthreads();
   if (warp) return;
 
-  float v = 0.f;
+  float v = __ldg(a.streams[a.sampled].bias + n);
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) v += sums[w][lane];
-  const int n = n0 + lane;
-  const uint16_t rounded = (uint16_t)pack(fmaf(v, __ldg(a.w_scale + n), __ldg(a.streams[0].bias + n)), 0.f);
+  const uint16_t rounded = (uint16_t)pack(v, 0.f);
   a.center[first + lane] = rounded;
   for (int s = 0; s < a.stream_count; ++s) {
     const Stream& stream = a.streams[s];
