@@ -77,7 +77,7 @@ def norm_bound(
 def center(
     v: Tensor,  # (B, H, L, D)
 ) -> Tensor:
-    """(H * D,) of v's dtype: the mean of all tokens, by which no kernel must be held; any other is right, too."""
+    """(H * D,) of v's dtype: the mean of all tokens. A kernel may take another: what is taken is added again."""
     return v.mean((0, 2), dtype=torch.float32).flatten().to(v.dtype)
 
 

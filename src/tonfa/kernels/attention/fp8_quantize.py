@@ -2,8 +2,7 @@
 
 The first finds the largest |v - mean| of each of PARTS pieces. The second rounds everything; every program looks at the
 PARTS maxima and the few norm weights again, so no scale is a kernel of its own. At (1, 24, 4608, 128) they read 28 MB,
-then 85 MB, of which v's third is still in the L2 cache, and write 42: at the 4.3 TB/s of an H200 this takes 30 to 37
-us.
+then 85 MB, of which v's third is still in the L2 cache, and write 42: 30 to 37 us at the 4.3 TB/s of an H200.
 
 Heads and tokens lie in memory as (B, L, H, D), as projections write them and as cuDNN's own examples are laid out.
 Nothing is added atomically: results do not depend on the order of the programs. Every exponent is an integer taken from
