@@ -3,6 +3,7 @@
 
 static void earlier_kernels_done() {}
 static void next_kernel_may_start() {}
+static void prefetch_into_l2(const void*) {}
 static float to_float(uint16_t v) { return FP16 ? from_fp16(v) : from_bf16(v); }
 static uint32_t pack(float low, float high) {
   return FP16 ? uint32_t(to_fp16(high)) << 16 | to_fp16(low) : uint32_t(to_bf16(high)) << 16 | to_bf16(low);

@@ -3,7 +3,8 @@
 //
 // The center is the v of the mean of SAMPLES rows of one stream's input. It need not be the mean of v: attention is
 // a mean itself, so what is taken from v is added to its result. The last block finds the scales from bounds, the others
-// CHANNELS of the center each. All read weights before they wait for the input.
+// CHANNELS of the center each. Weights are fetched into L2 before the input is there. Half of the registers are left to the
+// kernel that expands weights meanwhile.
 #include "asynchronous.cuh"
 #include "numbers.cuh"
 #include "instructions.cuh"
@@ -11,6 +12,7 @@
 constexpr int THREADS = 384, WARPS = THREADS / 32;
 constexpr int CHANNELS = 32;  // two times the 16 rows of an mma
 constexpr int SAMPLES = 32;   // one for each lane
+constexpr int BATCH = 8;      // samples that a thread reads at a time
 constexpr int AHEAD = 4;      // groups of 64 input channels, or columns of lora, that a warp reads at a time
 constexpr int LARGEST_RANK = 256;
 constexpr int HEAD_DIM = 128;
@@ -62,20 +64,24 @@ __device__ __forceinline__ void find_mean(const AttentionCenter& a, uint16_t* me
     const bool exists = start + threadIdx.x < 2 * pieces;
     const int piece = exists ? (start + threadIdx.x) / 2 : 0, c = piece % 8, half = threadIdx.x % 2;
     const uint8_t* from = a.x + (size_t)(piece / 8) * a.m_pad * 128;
-    uint4 codes[SAMPLES / 2];
-    float scales[SAMPLES / 2], sum[16] = {};
+    float sum[16] = {};
+#pragma unroll 1
+    for (int first = half; first < SAMPLES; first += 2 * BATCH) {
+      uint4 codes[BATCH];
+      float scales[BATCH];
 #pragma unroll
-    for (int i = 0; i < SAMPLES / 2; ++i) {
-      const int row = sample(2 * i + half, rows);
-      codes[i] = __ldg((const uint4*)(from + (size_t)row * 128 + ((c ^ row) & 7) * 16));
-      scales[i] = __ldg(a.x_scale + row);
-    }
+      for (int i = 0; i < BATCH; ++i) {
+        const int row = sample(first + 2 * i, rows);
+        codes[i] = __ldg((const uint4*)(from + (size_t)row * 128 + ((c ^ row) & 7) * 16));
+        scales[i] = __ldg(a.x_scale + row);
+      }
 #pragma unroll
-    for (int i = 0; i < SAMPLES / 2; ++i) {
-      float f[16];
-      unpack_e4m3(codes[i], f);
+      for (int i = 0; i < BATCH; ++i) {
+        float f[16];
+        unpack_e4m3(codes[i], f);
 #pragma unroll
-      for (int e = 0; e < 16; ++e) sum[e] = fmaf(f[e], scales[i], sum[e]);
+        for (int e = 0; e < 16; ++e) sum[e] = fmaf(f[e], scales[i], sum[e]);
+      }
     }
 #pragma unroll
     for (int e = 0; e < 16; ++e) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], 1);
@@ -130,7 +136,7 @@ __device__ __forceinline__ Weights read_weights(const AttentionCenter& a, int n,
 
 __device__ __forceinline__ void find_center(const AttentionCenter& a, uint16_t* mean) {
   __shared__ __align__(4) uint16_t branch[LARGEST_RANK];
-  __shared__ float sums[WARPS][CHANNELS], shares[WARPS][16];
+  __shared__ float sums[WARPS][CHANNELS], shares[WARPS][16], bias[2][3][CHANNELS], scale[CHANNELS];
   const int first = blockIdx.x * CHANNELS, n = 2 * a.values + first;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
   auto read_up = [&](int part) {  // 16 rows, 16 ranks
@@ -138,15 +144,13 @@ __device__ __forceinline__ void find_center(const AttentionCenter& a, uint16_t* 
     return step < a.rank / 16 ? __ldg(a.up + ((size_t)(n / 128) * (a.rank / 16) + step) * 256 + at * 32 + lane) : make_uint4(0, 0, 0, 0);
   };
   // What does not depend on the input is read while that is still written.
-  Weights next = read_weights(a, n, warp);
+  const int lines = (a.k / 2 + 127) / 128;
+  for (int i = threadIdx.x; i < CHANNELS * lines; i += THREADS)
+    prefetch_into_l2(a.qweight + (size_t)(n + i / lines) * (a.k / 2) + i % lines * 128);
+  for (int group = threadIdx.x; group < a.k / 64; group += THREADS) prefetch_into_l2(a.wscales + (size_t)group * 3 * a.values + n);
   uint4 next_up = read_up(warp);
-  float bias[2][3], scale = 0.f;
-#pragma unroll
-  for (int s = 0; s < 2; ++s)
-#pragma unroll
-    for (int part = 0; part < 3; ++part)
-      bias[s][part] = s < a.stream_count && warp == 0 ? __ldg(a.streams[s].bias + part * a.values + first + lane) : 0.f;
-  if (warp == 0) scale = __ldg(a.w_scale + n + lane);
+  if (warp < 3 * a.stream_count) bias[warp / 3][warp % 3][lane] = __ldg(a.streams[warp / 3].bias + warp % 3 * a.values + first + lane);
+  if (warp == WARPS - 1) scale[lane] = __ldg(a.w_scale + n + lane);
   earlier_kernels_done();
   next_kernel_may_start();
   float lora[AHEAD];
@@ -166,8 +170,7 @@ __device__ __forceinline__ void find_center(const AttentionCenter& a, uint16_t* 
   // All 8 columns of a product are the mean.
   float residual[2][2] = {}, low_rank[4] = {};
   for (int group = warp; group < a.k / 64; group += AHEAD * WARPS) {
-    const Weights w = next;
-    next = read_weights(a, n, group + AHEAD * WARPS);
+    const Weights w = read_weights(a, n, group);
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       if (group + i * WARPS >= a.k / 64) break;
@@ -208,14 +211,12 @@ __device__ __forceinline__ void find_center(const AttentionCenter& a, uint16_t* 
   for (int w = 0; w < WARPS; ++w) v += sums[w][lane];
 #pragma unroll
   for (int w = 0; w < WARPS; w += 2) share += shares[w + lane / 16][lane % 16];
-  const uint16_t rounded = (uint16_t)pack(fmaf(share, scale, v) + (a.sampled ? bias[1][2] : bias[0][2]), 0.f);
+  const uint16_t rounded = (uint16_t)pack(fmaf(share, scale[lane], v) + bias[a.sampled][2][lane], 0.f);
   a.center[first + lane] = rounded;
-#pragma unroll
-  for (int s = 0; s < 2; ++s)
+  for (int s = 0; s < a.stream_count; ++s)
 #pragma unroll
     for (int part = 0; part < 3; ++part)
-      if (s < a.stream_count)
-        a.streams[s].shifted[part * a.values + first + lane] = bias[s][part] - (part == 2 ? to_float(rounded) : 0.f);
+      a.streams[s].shifted[part * a.values + first + lane] = bias[s][part][lane] - (part == 2 ? to_float(rounded) : 0.f);
 }
 
 // The largest n with bound * 2^n <= 448 = 1.75 * 2^8, from the bits of the bound.
@@ -267,7 +268,7 @@ __device__ __forceinline__ void find_scales(const AttentionCenter& a) {
   for (int i = 0; i < 8; ++i) a.scalars[4 * i] = scalars[i];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_center(const __grid_constant__ AttentionCenter a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_center(const __grid_constant__ AttentionCenter a) {
   extern __shared__ __align__(16) uint8_t memory[];
   if (blockIdx.x == gridDim.x - 1)
     find_scales(a);
