@@ -97,6 +97,18 @@ def test_arguments_reach_the_kernel_on_the_current_stream(driver: Driver) -> Non
     ]
 
 
+def test_the_latest_kernel_of_a_stream_is_known(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_latest", {})
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert module.latest(one) == (100, None)
+    start()
+    assert module.latest(one) == (100, "add_partials") and module.latest(other) == (101, None)
+    driver.failing.add("cuLaunchKernel")
+    with pytest.raises(KernelError):
+        start(index=1)
+    assert module.latest(other) == (101, None)
+
+
 @pytest.mark.parametrize(
     ("shared", "early", "expected"),
     [(1024, False, []), (60 << 10, False, [(7, "most", 60 << 10)]), (0, True, [(7, "part", 100)])],

@@ -3,6 +3,7 @@
 
 static void earlier_kernels_done() {}
 static void next_kernel_may_start() {}
+static void prefetch_into_l2(const void*) {}
 static float to_float(uint16_t v) { return FP16 ? from_fp16(v) : from_bf16(v); }
 static uint32_t pack(float low, float high) {
   return FP16 ? uint32_t(to_fp16(high)) << 16 | to_fp16(low) : uint32_t(to_bf16(high)) << 16 | to_bf16(low);
@@ -39,6 +40,15 @@ static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
   float* sums[4] = {d, d + 1, d + 2, d + 3};
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
   multiply_16bit(sums, a, b, FP16 ? from_fp16 : from_bf16);
+}
+static void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  float* sums[4] = {d, d + 1, d + 2, d + 3};
+  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  multiply_16bit(sums, a, b, from_bf16);
+}
+static uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+  const uint32_t high = to_bf16(from_bf16(uint16_t(a >> 16)) - from_bf16(uint16_t(b >> 16)));
+  return high << 16 | to_bf16(from_bf16(uint16_t(a)) - from_bf16(uint16_t(b)));
 }
 
 static uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }

@@ -12,7 +12,7 @@ from support import outlier_input, random_modulation, random_weights, relative_e
 from tonfa import dispatch
 from tonfa.errors import FormatError
 from tonfa.formats import FP8, INT4
-from tonfa.kernels.hopper import layout, quantize, tiles
+from tonfa.kernels.hopper import expanded, layout, quantize, tiles
 from tonfa.kernels.hopper.activation import HopperActivation, empty_activation
 from tonfa.kernels.hopper.expand import expand, wide_shape
 from tonfa.kernels.hopper.packed_product import pack_product
@@ -529,3 +529,51 @@ def test_modulations(batch: int, dtype: torch.dtype) -> None:
         exact = x.double() @ weight.T + bias
         rounded = exact.to(dtype) if dtype != torch.float32 else kernels("reference").w4a16(x, w)
         assert relative_error(y, exact) <= 2 * relative_error(rounded, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "graph"])
+def test_weights_expanded_beside_the_kernel_in_front(recorded: bool) -> None:
+    """Many layers one behind another through one buffer: each product has its own weights, and all of its input."""
+    ours, dtype = kernels(), torch.bfloat16
+    x = rows(4608, 3072, dtype)
+    layers = [make(3072, 3072, 32, dtype, seed=seed) for seed in range(4)]
+    packed = [(ours.pack_input(input_of(w)), ours.pack_product(w)) for w in layers]
+
+    def outputs(wait: bool) -> list[Tensor]:
+        found = []
+        for given, weights in packed * 4:
+            quantized = ours.quantize(x, given)
+            if wait:
+                torch.cuda.synchronize()
+            found.append(ours.product(quantized, weights))
+        return found
+
+    expected = outputs(wait=True)
+    if recorded:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = outputs(wait=False)
+        graph.replay()
+    else:
+        found = outputs(wait=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("in_front", "where", "beside"),
+    [("quantize", 0, True), ("add_lowrank", 0, True), ("product", 0, False), (None, 0, False), ("quantize", 1, False)],
+)
+def test_which_kernels_weights_are_expanded_beside(
+    in_front: str | None, where: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that read them, nor where the buffer is memory that was something else before."""
+    w = pack_product(random_weights(64, 64, 16, generator=torch.Generator().manual_seed(0)))
+    buffers, flags = torch.empty(2, 128 * 64, dtype=torch.uint8), []
+    monkeypatch.setattr(expanded, "latest", lambda device: (7, in_front))
+    monkeypatch.setattr(expanded, "_buffer", lambda device, nbytes: buffers[where])
+    monkeypatch.setattr(expanded, "_written", {(torch.device("cpu"), 7): buffers[0].data_ptr()})
+    monkeypatch.setattr(expanded, "expand", lambda *arguments: flags.append(arguments[-1]))
+    expanded.expanded(w, torch.device("cpu"))
+    assert flags == [beside] and expanded._written[torch.device("cpu"), 7] == buffers[where].data_ptr()

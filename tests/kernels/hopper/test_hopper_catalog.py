@@ -70,7 +70,11 @@ def test_it_holds_what_a_model_starts(
 
     for module in pkgutil.iter_modules(hopper.__path__, "tonfa.kernels.hopper."):
         loaded = importlib.import_module(module.name)
-        for name, replacement in (("launch", launch), ("multiprocessors", lambda device: multiprocessors)):
+        for name, replacement in (
+            ("launch", launch),
+            ("latest", lambda device: (0, None)),
+            ("multiprocessors", lambda device: multiprocessors),
+        ):
             if hasattr(loaded, name):
                 monkeypatch.setattr(loaded, name, replacement)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -68,4 +68,4 @@ def test_kernel(kernel: Kernel, tmp_path: Path) -> None:
     elif kernel.name == "quantize_known":
         assert count["HMMA.16816"] and code.registers <= 128
     else:
-        assert code.registers <= 128 and not code.stack
+        assert count["HMMA.16816"] and code.registers <= 80 and not code.stack  # two blocks of a multiprocessor

@@ -122,6 +122,17 @@ def _config(kernel: Kernel, x: int, y: int, z: int, stream: int) -> Any:
     return config
 
 
+_latest: dict[tuple[int, int], str] = {}
+"""Of a device and stream."""
+
+
+def latest(device: torch.device) -> tuple[int, str | None]:
+    """The current stream of `device`, and the name of the kernel that `launch` started last on it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.current_stream(index).cuda_stream
+    return stream, _latest.get((index, stream))
+
+
 def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], *parameters: Struct) -> None:
     """Start the kernel with `grid` blocks on the current stream of `device`. Raises KernelError if that fails."""
     if tuple(type(p) for p in parameters) != kernel.parameters:
@@ -140,3 +151,4 @@ def launch(kernel: Kernel, device: torch.device, grid: tuple[int, ...], *paramet
         else:
             result = driver.cuLaunchKernel(function, x, y, z, kernel.threads, 1, 1, kernel.shared, stream, address, 0)
     _done(result, f"starting {kernel} with {x} x {y} x {z} blocks on cuda:{index}")
+    _latest[index, stream] = kernel.name

@@ -89,7 +89,7 @@ def kernel(dtype: torch.dtype, channels: int) -> Kernel:
     """The kernel for inputs of so many channels."""
     values = {"FP16": str(int(dtype == torch.float16)), "P_SCALE": f"{P_SCALE}f"}
     values |= {"SMALLEST_BOUND": f"{SMALLEST_BOUND.hex()}f", "LARGEST_BOUND": f"{LARGEST_BOUND.hex()}f"}
-    shared = -(-channels // ROW_BYTES) * ROW_BYTES * 4
+    shared = -(-channels // ROW_BYTES) * ROW_BYTES * 2  # bf16
     package = "tonfa.kernels.hopper"
     return Kernel(
         "attention_center", tuple(values.items()), (AttentionCenter,), _THREADS, shared, package, "a", early=True

@@ -25,7 +25,7 @@ class Expand(Struct):
 
     _fields_ = [  # noqa: RUF012
         *((name, c_void_p) for name in ("qweight", "w_scales", "w_inverse", "out")),
-        *((name, c_int32) for name in ("n", "k", "scales_fp16")),
+        *((name, c_int32) for name in ("n", "k", "scales_fp16", "beside")),
     ]
 
 
@@ -45,8 +45,13 @@ def expand(
     wscales: Tensor,  # (K/G, N)
     inverse_scales: Tensor,  # (N,) float32
     out: Tensor,  # wide_shape(N, K) uint8
+    beside: bool = False,
 ) -> None:
-    """Write e4m3(code * wscale * inverse_scale) to `out`, zeros beyond the last channel."""
+    """Write e4m3(code * wscale * inverse_scale) to `out`, zeros beyond the last channel.
+
+    `beside`: the kernel in front has nothing to do with these tensors and waited for what is in front of it, so that
+    this one need not wait.
+    """
     n, k = qweight.shape[0], qweight.shape[1] * 2
     parameters = Expand(
         qweight.data_ptr(),
@@ -56,6 +61,7 @@ def expand(
         n,
         k,
         int(wscales.dtype == torch.float16),
+        int(beside),
     )
     rows, steps = -(-n // _CHANNELS), -(-k // ROW_BYTES)
     each = -(-steps // max(1, _BLOCKS // rows))

@@ -1,6 +1,8 @@
 """A layer's weights in e4m3 for the product that follows: kept so, or expanded right before it.
 
 All layers expand into one buffer, which L2 is asked to keep: the next layer overwrites what need not go to memory.
+Behind a kernel that does not read the buffer, that is done while it runs: it waited for the product in front of it, so
+nobody reads the buffer any more.
 """
 
 from __future__ import annotations
@@ -10,9 +12,16 @@ import math
 import torch
 from torch import Tensor
 
+from tonfa.kernels.cuda.launch import latest
 from tonfa.kernels.hopper.expand import expand, wide_shape
 from tonfa.kernels.hopper.packed_product import PackedProduct
 from tonfa.kernels.triton.scratch import SCRATCH
+
+_NO_READERS = ("quantize", "quantize_known", "add_lowrank", "attention_center")
+"""Kernels that have nothing to do with expanded weights, and let the next one start when they have waited."""
+
+_written: dict[tuple[torch.device, int], int] = {}
+"""Of a device and stream: where the weights were expanded to last."""
 
 _recorded: dict[tuple[torch.device, int], tuple[int, Tensor]] = {}
 """Of a device and stream: the graph that was recorded last, and its buffer."""
@@ -24,7 +33,12 @@ def expanded(w: PackedProduct, device: torch.device) -> Tensor:
         return w.wide
     shape = wide_shape(w.columns, w.in_features)
     out = _buffer(device, math.prod(shape)).view(shape)
-    expand(w.qweight, w.wscales, w.inverse_scales, out)
+    stream, kernel_in_front = latest(device)
+    used_before = (
+        _written.get((device, stream)) == out.data_ptr()
+    )  # else it may be memory that the kernel in front reads
+    _written[device, stream] = out.data_ptr()
+    expand(w.qweight, w.wscales, w.inverse_scales, out, used_before and kernel_in_front in _NO_READERS)
     return out
 
 

@@ -35,6 +35,7 @@ __device__ __forceinline__ void load_bulk(uint32_t to, const void* from, int byt
                "r"(bytes), "r"(bar)
                : "memory");
 }
+__device__ __forceinline__ void prefetch_into_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // L2 keeps this before all else: memory that is read and overwritten again and again need not leave it.
 __device__ __forceinline__ uint64_t keep_in_l2() {
   uint64_t policy;

@@ -11,6 +11,7 @@ struct Expand {
   const float* w_inverse;    // (N)
   uint8_t* out;              // (K/128, N, 128)
   int n, k, scales_fp16;
+  int beside;  // the kernel in front neither reads `out` nor writes what is read here, and may still run
 };
 
 // Leaves L2 to the expanded weights, which the product that follows reads.
@@ -51,10 +52,8 @@ struct Source {  // of 32 weights
 };
 
 // A warp takes 8 channels of a step of 128; four lanes a channel, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(256, 6) expand(const __grid_constant__ Expand a) {
+__device__ __forceinline__ void expand_channels(const Expand& a) {
   const int lane = threadIdx.x % 32, q = lane % 4, n = (blockIdx.x * 8 + threadIdx.x / 32) * 8 + lane / 4;
-  earlier_kernels_done();
-  next_kernel_may_start();
   if (n - lane / 4 >= a.n) return;  // N is a multiple of 8
   const float inverse = a.w_inverse[n];
   const int steps = (a.k + 127) / 128;
@@ -84,4 +83,13 @@ extern "C" __global__ void __launch_bounds__(256, 6) expand(const __grid_constan
     store_kept(to + ((2 * q + odd) ^ (n & 6)) * 16, even_row);
     store_kept(to + 128 + ((2 * q + odd) ^ (n & 6 | 1)) * 16, odd_row);
   }
+}
+
+// The kernel in front let this one start when all before it were done. Whoever waits for this one must find that one done
+// as well, so one block waits for it; more would keep others from starting.
+extern "C" __global__ void __launch_bounds__(256, 6) expand(const __grid_constant__ Expand a) {
+  if (!a.beside) earlier_kernels_done();
+  next_kernel_may_start();
+  expand_channels(a);
+  if (a.beside && blockIdx.x == 0 && blockIdx.y == 0) earlier_kernels_done();
 }
